@@ -1,0 +1,1 @@
+"""The benchmark harness: paired measurements of every op against its peers."""

@@ -1,0 +1,42 @@
+// Argument checks of the C++ ops: a failed one raises a Python error whose text is the values, joined.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace scrimp {
+
+using torch::stable::Tensor;
+
+// SCRIMP_CHECK(condition, "op: K=", k, " is not a multiple of ", g)
+#define SCRIMP_CHECK(condition, ...) \
+  do {                               \
+    if (!(condition)) [[unlikely]]   \
+      ::scrimp::fail(__VA_ARGS__);   \
+  } while (false)
+
+template <class... Values>
+[[noreturn]] void fail(const Values&... values) {
+  std::ostringstream text;
+  (text << ... << values);
+  throw std::runtime_error(text.str());
+}
+
+// "[2, 9, 512, 64]"
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+// `tensor` itself when its last dimension is contiguous, else a contiguous copy.
+inline Tensor unit_last_stride(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+}  // namespace scrimp

@@ -1,0 +1,37 @@
+// Run-time choice among the copies of a kernel that were compiled per instruction set.
+//
+//   SCRIMP_DECLARE_KERNEL(void scale(float* x, long n, float by))    in <op>.h: declares every copy
+//   SCRIMP_KERNEL(scale)(x, n, by)                                   in <op>.cpp: calls the chosen one
+#pragma once
+
+#include "common/cpu_features.h"
+
+namespace scrimp {
+
+// The instruction set in use: the widest one, unless scrimp::_set_isa chose another.
+Isa isa();
+
+}  // namespace scrimp
+
+#if defined(__x86_64__)
+#define SCRIMP_DECLARE_KERNEL(...) \
+  namespace scrimp::portable {     \
+  __VA_ARGS__;                     \
+  }                                \
+  namespace scrimp::avx2 {         \
+  __VA_ARGS__;                     \
+  }                                \
+  namespace scrimp::avx512 {       \
+  __VA_ARGS__;                     \
+  }
+#define SCRIMP_KERNEL(name)                                          \
+  (::scrimp::isa() == ::scrimp::Isa::avx512 ? ::scrimp::avx512::name \
+   : ::scrimp::isa() == ::scrimp::Isa::avx2 ? ::scrimp::avx2::name   \
+                                            : ::scrimp::portable::name)
+#else
+#define SCRIMP_DECLARE_KERNEL(...) \
+  namespace scrimp::portable {     \
+  __VA_ARGS__;                     \
+  }
+#define SCRIMP_KERNEL(name) ::scrimp::portable::name
+#endif

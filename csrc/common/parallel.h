@@ -1,0 +1,25 @@
+// Work sharing over torch's own threads: respects torch.set_num_threads and brings no second runtime.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace scrimp {
+
+// Threads that a loop over `items` may use: the worker argument of for_each_item is below this number.
+inline int64_t worker_count(int64_t items) { return std::min<int64_t>(items, torch::stable::get_num_threads()); }
+
+// Calls work(item, worker) for every item of [0, items). Items are handed out in order, one at a time, so
+// that which thread gets an item depends on timing: the result must not. `work` must not throw.
+template <class Work>
+void for_each_item(int64_t items, const Work& work) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, worker_count(items), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item, worker);
+  });
+}
+
+}  // namespace scrimp

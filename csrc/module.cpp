@@ -1,0 +1,8 @@
+// scrimp._C: an empty Python module. Loading the library runs the static registrations of the ops.
+#include <Python.h>
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,105 @@
+"""Registration of ops with the dispatcher, and the answer to "which code runs?".
+
+`register` defines the schema in Python; C++ implementations registered themselves when `_ext` loaded the
+library, so the reference is what the dispatcher falls back to where no kernel exists.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _ext
+
+_library = torch.library.Library("scrimp", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op: its dispatcher handle and its plain-torch reference."""
+
+    name: str
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines `scrimp::<name>` and returns the callable that dispatches to its best implementation.
+
+    An op registered this way has no backward: inputs that require grad are refused by name.
+    """
+    _library.define(name + schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"scrimp::{name}", fake, lib=_library)
+    call = getattr(torch.ops.scrimp, name).default
+
+    def refuse_gradients(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"scrimp::{name} has no backward, but an input requires grad; "
+                "call it under torch.no_grad() or detach its inputs"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*args)
+
+    _library.impl(name, refuse_gradients, "Autograd")
+    OPS[name] = Op(name, call, reference)
+    return call
+
+
+def _find(name: str) -> Op:
+    if name not in OPS:
+        raise ValueError(f"there is no op {name!r}; ops are {', '.join(sorted(OPS))}")
+    return OPS[name]
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"scrimp::{name}", key)
+
+
+def which(name: str) -> dict[str, str]:
+    """What runs for op `name` on each device, and why.
+
+    >>> import scrimp
+    >>> sorted(scrimp.which("merge_attention"))
+    ['cpu', 'cuda']
+    """
+    _find(name)
+    if _has_kernel(name, "CPU"):
+        cpu = f"C++ ({_ext.current_isa()})"
+    else:
+        cpu = "reference (plain torch): " + (_ext.ops_missing or "no C++ kernel exists")
+    cuda = "compiled kernel" if _has_kernel(name, "CUDA") else "reference (plain torch): no kernel exists"
+    if not torch.cuda.is_available():
+        cuda += "; no CUDA device here"
+    return {"cpu": cpu, "cuda": cuda}
+
+
+def implementations(name: str) -> dict[str, Callable[..., Any]]:
+    """Every implementation of op `name` that runs on this machine beside the reference.
+
+    The callables take the op's flat arguments. C++ kernels appear once per instruction set ("cpu-avx2").
+
+    >>> import scrimp
+    >>> "reference" in scrimp.implementations("merge_attention")
+    False
+    """
+    op = _find(name)
+
+    def on_isa(isa: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with _ext.use_isa(isa):
+                return op.call(*args)
+
+        return run
+
+    found: dict[str, Callable[..., Any]] = {}
+    if _has_kernel(name, "CPU"):
+        found |= {f"cpu-{isa}": on_isa(isa) for isa in _ext.available_isas()}
+    if torch.cuda.is_available() and _has_kernel(name, "CUDA"):
+        found["cuda"] = op.call
+    return found

@@ -1,0 +1,76 @@
+"""The command line: `scrimp doctor`, `scrimp demo`, `scrimp bench`. A user's mistake is one line, never a traceback."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Something the user can mend; the text says how."""
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.main()
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    return run.main(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        from .benchmarks import run
+    except ImportError as error:
+        raise UserError(f"the benchmark harness could not be loaded: {error}") from error
+    return run.main(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scrimp", description="LLM inference by not doing work that does not matter.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("doctor", _doctor, "say what runs on this machine, what does not, and why")
+    demo = command("demo", _demo, "a real model reads a long prompt, with dense and with sparse attention")
+    demo.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    demo.add_argument("--report", metavar="FILE", help="write an HTML report to FILE")
+    demo.add_argument("--quick", action="store_true", help="fewer repetitions and windows")
+    bench = command("bench", _bench, "measure an op against its peers, paired")
+    bench.add_argument("op", nargs="?", metavar="OP", help="the op to measure")
+    bench.add_argument("--all", action="store_true", help="measure every op")
+    bench.add_argument("--list", action="store_true", help="list the ops, their cases and their peers")
+    bench.add_argument("--case", metavar="TEXT", help="only cases whose name contains TEXT")
+    bench.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="thread counts to measure (default 1 and all)",
+    )
+    bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, or 2 for a mistake of the user."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("scrimp: interrupted", file=sys.stderr)
+        return 130
+    except (UserError, ValueError, OSError, RuntimeError) as error:
+        print(f"scrimp {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Adapters for other libraries; imported by the user, never by scrimp itself."""

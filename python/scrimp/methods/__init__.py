@@ -1,0 +1,1 @@
+"""The methods: what each paper skips, built on the ops."""

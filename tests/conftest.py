@@ -1,0 +1,28 @@
+"""Seeds every test and poisons fresh memory, so that an element no kernel wrote shows as NaN."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("scrimp", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("scrimp")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "subprocess: starts Python processes of its own (not under sanitizers)")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison() -> Iterator[None]:
+    """Deterministic mode fills torch.empty with NaN (floats) or the largest value (integers)."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
