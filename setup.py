@@ -78,6 +78,7 @@ def ninja_file(outputs: dict[str, str], build: Path) -> str:
     flags = " ".join(FLAGS + sanitize)
     link = " ".join(["-shared", "-Wl,--as-needed", *sanitize])
     lines = [
+        f"builddir = {build}",
         f"cxx = {os.environ.get('CXX', 'c++')}",
         "rule compile",
         f"  command = $cxx {flags} -MMD -MF $out.d $flags -c $in -o $out",

@@ -5,18 +5,18 @@
 // linked into another. Operators + - * < >= ?: work on Vec element by element.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns inside its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns inside its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
 
-namespace scrimp {
-namespace SCRIMP_ISA {
+namespace scrimp::SCRIMP_ISA {
 namespace {
 
 #define SCRIMP_INLINE [[gnu::always_inline]] inline
@@ -42,19 +42,17 @@ struct BFloat16 {
 
 SCRIMP_INLINE Vec load(const float* p) {
   Vec x;
-  std::memcpy(&x, p, sizeof x);
+  memcpy(&x, p, sizeof x);
   return x;
 }
 
 SCRIMP_INLINE Vec load(const BFloat16* p) {
   HalfVec half;
-  std::memcpy(&half, p, sizeof half);
+  memcpy(&half, p, sizeof half);
   return (Vec)(__builtin_convertvector(half, BitsVec) << 16);
 }
 
-SCRIMP_INLINE void store(float* p, Vec x) {
-  std::memcpy(p, &x, sizeof x);
-}
+SCRIMP_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
 // Rounds to nearest even; a NaN stays a NaN.
 SCRIMP_INLINE void store(BFloat16* p, Vec x) {
@@ -62,7 +60,7 @@ SCRIMP_INLINE void store(BFloat16* p, Vec x) {
   const BitsVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const BitsVec quiet = bits >> 16 | 0x40;
   const HalfVec half = __builtin_convertvector(x == x ? rounded : quiet, HalfVec);
-  std::memcpy(p, &half, sizeof half);
+  memcpy(p, &half, sizeof half);
 }
 
 // The first n of kLanes elements, zeros behind them.
@@ -104,15 +102,7 @@ SCRIMP_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-SCRIMP_INLINE Vec max(Vec a, Vec b) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return a > b ? a : b;
-#endif
-}
+SCRIMP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // 0, 1, 2, ... kLanes - 1.
 SCRIMP_INLINE Vec lane_index() {
@@ -172,5 +162,4 @@ SCRIMP_INLINE void transpose(Vec (&rows)[kLanes]) {
 }
 
 }  // namespace
-}  // namespace SCRIMP_ISA
-}  // namespace scrimp
+}  // namespace scrimp::SCRIMP_ISA

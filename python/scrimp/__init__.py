@@ -4,10 +4,12 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .methods.head_patterns import HeadPatterns
+from .sparse_plan import SparsePlan
 
 try:
     __version__ = metadata.version("scrimp")
 except metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "implementations", "ops", "which"]
+__all__ = ["HeadPatterns", "SparsePlan", "__version__", "implementations", "ops", "which"]

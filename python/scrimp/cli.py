@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from .demo import options as demo_options
+
 
 class UserError(Exception):
     """Something the user can mend; the text says how."""
@@ -40,9 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "say what runs on this machine, what does not, and why")
     demo = command("demo", _demo, "a real model reads a long prompt, with dense and with sparse attention")
-    demo.add_argument("--json", metavar="FILE", help="write the figures to FILE")
-    demo.add_argument("--report", metavar="FILE", help="write an HTML report to FILE")
-    demo.add_argument("--quick", action="store_true", help="fewer repetitions and windows")
+    demo_options.add_arguments(demo)
     bench = command("bench", _bench, "measure an op against its peers, paired")
     bench.add_argument("op", nargs="?", metavar="OP", help="the op to measure")
     bench.add_argument("--all", action="store_true", help="measure every op")
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         help="thread counts to measure (default 1 and all)",
     )
     bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    bench.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
+    bench.add_argument("--budget", type=float, metavar="SECONDS", help="time per case and thread count (default 3)")
     return parser
 
 

@@ -1,12 +1,13 @@
 """merge_attention against its reference, its definition and its contract."""
 
 import pytest
-import scrimp
 import torch
-from scrimp._registry import OPS
-from scrimp.testing import assert_matches_oracle
 from torch import Tensor
 from torch.library import opcheck
+
+import scrimp
+from scrimp._registry import OPS
+from scrimp.testing import assert_matches_oracle
 
 OP = OPS["merge_attention"]
 IMPLEMENTATIONS = scrimp.implementations("merge_attention")

@@ -1,5 +1,7 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
 from .merge_attention import merge_attention
+from .sparse_attention import sparse_attention
+from .vertical_slash_index import vertical_slash_index
 
-__all__ = ["merge_attention"]
+__all__ = ["merge_attention", "sparse_attention", "vertical_slash_index"]

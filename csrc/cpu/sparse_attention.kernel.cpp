@@ -1,0 +1,361 @@
+// Softmax attention of one tile of queries over the keys its plan names; queries lie in the lanes.
+//
+//   keys of the tile, in pieces of kPiece                                   flash attention's loop
+//     S^T[key, query]  = K[key, :] . Q^T[:, query]                          score_piece
+//     P^T[key, query]  = 2^(S^T - max), sums and the rescale of the past    softmax_piece
+//     O^T[dim, query]  = O^T * rescale + V^T[dim, key] . P^T[key, query]    value_piece
+//   O = (O^T / sum)^T,  lse = (max + log2 sum) * ln 2                       write_out
+//
+// Both products are the same micro-kernel: scalars of K (or V), broadcast from where they lie in
+// memory, times vectors of 64 queries. So a key is only a pointer to its row: ranges of any alignment,
+// scattered columns and head groups cost nothing extra, and nothing is repeated, padded or packed
+// but Q, once a tile. Maxima and sums are vertical: no horizontal reduction anywhere.
+#include "cpu/sparse_attention.h"
+
+#include <string.h>
+
+#include "common/simd.h"
+
+namespace scrimp::SCRIMP_ISA {
+namespace {
+
+constexpr int64_t kPitch = kQueryLanes;              // floats from one row of Q^T, S^T or O^T to the next
+constexpr int kVectors = kQueryLanes / kLanes;       // vectors in a full row
+constexpr int kStripVectors = kLanes == 16 ? 4 : 2;  // accumulators of a strip: kStripRows x kStripVectors,
+constexpr int kStripRows = 6;                        // which fill the registers together with their operands
+constexpr int64_t kPiece = 126;                      // keys whose S^T stays in cache; a multiple of kStripRows
+constexpr int64_t kLine = 16;                        // floats in a cache line
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr float kInfinity = __builtin_inff();
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls body(Int<n>) for 1 <= n <= N.
+template <int N, class Body>
+SCRIMP_INLINE void with_constant(int64_t n, Body body) {
+  if constexpr (N > 1) {
+    if (n < N) return with_constant<N - 1>(n, body);
+  }
+  body(Int<N>{});
+}
+
+// Cuts a rows x vectors block into strips: body(Int<R>, Int<C>, first_row, first_vector).
+template <class Body>
+SCRIMP_INLINE void for_strips(int64_t rows, int64_t vectors, Body body) {
+  for (int64_t vector = 0; vector < vectors; vector += kStripVectors) {
+    with_constant<kStripVectors>(vectors - vector, [&](auto width) {
+      for (int64_t row = 0; row < rows;) {
+        const int64_t left = rows - row;
+        const int64_t height = left < 2 * kStripRows && left > kStripRows ? (left + 1) / 2 : left;
+        with_constant<kStripRows>(height, [&](auto rows_now) {
+          body(rows_now, width, row, vector);
+          row += rows_now.value;
+        });
+      }
+    });
+  }
+}
+
+// Calls body(r, c) for every vector of a strip; unrolled, so that an array of vectors stays in registers.
+template <int R, int C, class Body>
+SCRIMP_INLINE void for_vectors(Body body) {
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) body(r, c);
+  }
+}
+
+// sum[r][c] += sum_i scalar(r, i) * lanes[i, c]
+template <int R, int C, class Scalar>
+SCRIMP_INLINE void multiply_add(Vec (&sum)[R][C], const float* lanes, int64_t depth, Scalar scalar) {
+  for (int64_t i = 0; i < depth; ++i, lanes += kPitch) {
+    Vec b[C], a[R];
+    for_vectors<1, C>([&](int, int c) { b[c] = load(lanes + c * kLanes); });
+    for_vectors<R, C>([&](int r, int c) {
+      if (c == 0) a[r] = broadcast(scalar(r, i));
+      sum[r][c] = fma(a[r], b[c], sum[r][c]);
+    });
+  }
+}
+
+// The next keys of a tile: tokens in increasing order and the rows they stand for.
+struct Piece {
+  int64_t keys;
+  int32_t token[kPiece];
+  const float* k[kPiece];
+  const float* v[kPiece];
+};
+
+// Walks a tile's keys in order: its ranges, and those of its columns that lie in no range.
+struct KeyWalk {
+  const int32_t (*range)[2];
+  const int32_t (*ranges_end)[2];
+  const int32_t* column;
+  const int32_t* columns_end;
+  int32_t limit;     // keys from here on are hidden from every query of the tile
+  int32_t done = 0;  // keys before this one are listed
+
+  int64_t take(int32_t* token) {
+    int64_t count = 0;
+    while (count < kPiece) {
+      int32_t start = limit;
+      if (range < ranges_end && (*range)[0] < limit) start = (*range)[0] > done ? (*range)[0] : done;
+      if (column < columns_end && *column < start) {
+        token[count++] = *column++;
+        continue;
+      }
+      if (start >= limit) break;
+      int64_t stop = (*range)[1] < limit ? (*range)[1] : limit;
+      if (stop > start + (kPiece - count)) stop = start + (kPiece - count);
+      for (int64_t i = start; i < stop; ++i) token[count++] = static_cast<int32_t>(i);
+      done = static_cast<int32_t>(stop);
+      if (done >= (*range)[1]) ++range;
+      while (column < columns_end && *column < done) ++column;
+    }
+    return count;
+  }
+};
+
+// What one tile works on; all of it lives in the worker's scratch.
+struct Tile {
+  int64_t queries;
+  int64_t vectors;  // ceil(queries / kLanes): lanes behind the last query compute zeros
+  int64_t head_dim;
+  int64_t first_position;  // query i sees keys up to first_position + i, if causal
+  bool causal;
+  float* q;        // Q^T [D, 64], times scale * log2 e
+  float* scores;   // S^T, then P^T [kPiece, 64]
+  float* out;      // O^T [D, 64]
+  float* max;      // [64] so far
+  float* sum;      // [64]
+  float* rescale;  // [64] 2^(old max - new max)
+  float* staged;   // bfloat16 only: [2, kPiece, D] floats
+};
+
+int64_t carve(const SparseAttention& call, float* scratch, Tile& tile) {
+  float* next = scratch;
+  const auto take = [&](int64_t rows) {
+    float* block = next;
+    next += rows * kPitch;
+    return block;
+  };
+  tile.q = take(call.head_dim);
+  tile.scores = take(kPiece);
+  tile.out = take(call.head_dim);
+  tile.max = take(1);
+  tile.sum = take(1);
+  tile.rescale = take(1);
+  tile.staged = next;
+  if (call.bf16) next += 2 * kPiece * call.head_dim;
+  return next - scratch;
+}
+
+// Q^T[d, i] = Q[i, d] * factor, zeros for lanes without a query.
+template <class T>
+void pack_queries(const Tile& tile, const T* q, int64_t stride, float factor) {
+  for (int64_t first = 0; first < tile.queries; first += kLanes) {
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] =
+            first + i < tile.queries ? load_first(q + (first + i) * stride + d, tile.head_dim - d) * factor : Vec{};
+      }
+      transpose(block);
+      for (int64_t j = 0; j < kLanes && d + j < tile.head_dim; ++j) {
+        store(tile.q + (d + j) * kPitch + first, block[j]);
+      }
+    }
+  }
+}
+
+// S^T of the piece, -inf where causality hides a key; raises tile.max.
+[[gnu::flatten]] void score_piece(const Tile tile, const Piece& piece) {
+  const bool masked = tile.causal && piece.token[piece.keys - 1] > tile.first_position;
+  for_strips(piece.keys, tile.vectors, [&](auto rows, auto width, int64_t key, int64_t vector) {
+    constexpr int R = rows.value, C = width.value;
+    const int64_t lane = vector * kLanes;
+    Vec score[R][C];
+    for_vectors<R, C>([&](int r, int c) { score[r][c] = Vec{}; });
+    const float* k[R];
+    const float* next_k[R];
+    const float* v[R];
+    for (int r = 0; r < R; ++r) {
+      k[r] = piece.k[key + r];
+      next_k[r] = piece.k[key + R + r < piece.keys ? key + R + r : piece.keys - 1];
+      v[r] = piece.v[key + r];
+    }
+    for (int64_t d = 0; d < tile.head_dim; d += kLine) {
+      if (vector == 0) {
+        for (int r = 0; r < R; ++r) {
+          __builtin_prefetch(v[r] + d, 0, 2);
+          __builtin_prefetch(next_k[r] + d, 0, 2);
+        }
+      }
+      const int64_t depth = tile.head_dim - d < kLine ? tile.head_dim - d : kLine;
+      multiply_add(score, tile.q + d * kPitch + lane, depth, [&](int r, int64_t i) { return k[r][d + i]; });
+    }
+    if (masked) {
+      for_vectors<R, C>([&](int r, int c) {
+        const int64_t first_seeing = piece.token[key + r] - tile.first_position - lane - c * kLanes;
+        score[r][c] = lane_index() >= static_cast<float>(first_seeing) ? score[r][c] : broadcast(-kInfinity);
+      });
+    }
+    Vec high[C];
+    for_vectors<1, C>([&](int, int c) { high[c] = load(tile.max + lane + c * kLanes); });
+    for_vectors<R, C>([&](int r, int c) {
+      high[c] = max(high[c], score[r][c]);
+      store(tile.scores + (key + r) * kPitch + lane + c * kLanes, score[r][c]);
+    });
+    for_vectors<1, C>([&](int, int c) { store(tile.max + lane + c * kLanes, high[c]); });
+  });
+}
+
+// P^T = 2^(S^T - max) in place; brings sum up to date and sets rescale.
+void softmax_piece(const Tile& tile, const float* old_max, int64_t keys) {
+  for (int64_t lane = 0; lane < tile.vectors * kLanes; lane += kLanes) {
+    const Vec high = load(tile.max + lane);
+    const Vec base = high == -kInfinity ? Vec{} : high;  // a lane without any key so far: 2^(-inf - 0) = 0
+    const Vec rescale = exp2(load(old_max + lane) - base);
+    Vec sum = load(tile.sum + lane) * rescale;
+    for (int64_t key = 0; key < keys; ++key) {
+      float* p = tile.scores + key * kPitch + lane;
+      const Vec weight = exp2(load(p) - base);
+      sum += weight;
+      store(p, weight);
+    }
+    store(tile.sum + lane, sum);
+    store(tile.rescale + lane, rescale);
+  }
+}
+
+// O^T = O^T * rescale + V^T P^T
+[[gnu::flatten]] void value_piece(const Tile tile, const Piece& piece) {
+  for_strips(tile.head_dim, tile.vectors, [&](auto rows, auto width, int64_t dim, int64_t vector) {
+    constexpr int R = rows.value, C = width.value;
+    const int64_t lane = vector * kLanes;
+    float* out = tile.out + dim * kPitch + lane;
+    Vec sum[R][C];
+    for_vectors<R, C>([&](int r, int c) {
+      sum[r][c] = load(out + r * kPitch + c * kLanes) * load(tile.rescale + lane + c * kLanes);
+    });
+    multiply_add(sum, tile.scores + lane, piece.keys, [&](int r, int64_t key) { return piece.v[key][dim + r]; });
+    for_vectors<R, C>([&](int r, int c) { store(out + r * kPitch + c * kLanes, sum[r][c]); });
+  });
+}
+
+// Points the piece at rows of K and V; bfloat16 rows are first widened into scratch.
+void find_rows(const Tile&, Piece& piece, const float* k, int64_t k_stride, const float* v, int64_t v_stride) {
+  for (int64_t i = 0; i < piece.keys; ++i) {
+    piece.k[i] = k + piece.token[i] * k_stride;
+    piece.v[i] = v + piece.token[i] * v_stride;
+  }
+}
+
+void find_rows(const Tile& tile, Piece& piece, const BFloat16* k, int64_t k_stride, const BFloat16* v,
+               int64_t v_stride) {
+  const auto widen = [&](const BFloat16* from, float* to) {
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      store_first(to + d, load_first(from + d, tile.head_dim - d), tile.head_dim - d);
+    }
+    return to;
+  };
+  float* staged_k = tile.staged;
+  float* staged_v = tile.staged + kPiece * tile.head_dim;
+  for (int64_t i = 0; i < piece.keys; ++i) {
+    piece.k[i] = widen(k + piece.token[i] * k_stride, staged_k + i * tile.head_dim);
+    piece.v[i] = widen(v + piece.token[i] * v_stride, staged_v + i * tile.head_dim);
+  }
+}
+
+// out[i, :] = O^T[:, i] / sum[i], lse[i] = ln sum_j exp(score); 0 and -inf for a query without keys.
+template <class T>
+void write_out(const Tile& tile, T* out, int64_t stride, float* lse) {
+  for (int64_t first = 0; first < tile.queries; first += kLanes) {
+    const Vec sum = load(tile.sum + first);
+    const Vec inverse = sum == 0.0f ? Vec{} : 1.0f / sum;
+    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
+      Vec block[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) {
+        block[j] = d + j < tile.head_dim ? load(tile.out + (d + j) * kPitch + first) * inverse : Vec{};
+      }
+      transpose(block);
+      for (int64_t i = 0; i < kLanes && first + i < tile.queries; ++i) {
+        store_first(out + (first + i) * stride + d, block[i], tile.head_dim - d);
+      }
+    }
+  }
+  for (int64_t i = 0; i < tile.queries; ++i) lse[i] = tile.max[i] * kLn2 + __builtin_logf(tile.sum[i]);
+}
+
+template <class T>
+void attend(const SparseAttention& call, const QueryTile& where, float* scratch) {
+  const int64_t b = where.batch, h = where.head, g = h / (call.n_heads / call.n_groups);
+  const auto row = [&](auto* base, const int64_t (&strides)[3], int64_t head, int64_t token) {
+    return base + b * strides[0] + head * strides[1] + token * strides[2];
+  };
+  const auto slice = [&](const int32_t* base, const int64_t (&strides)[2]) {
+    return base + b * strides[0] + h * strides[1];
+  };
+  Tile tile;
+  carve(call, scratch, tile);
+  tile.queries = where.queries;
+  tile.vectors = (where.queries + kLanes - 1) / kLanes;
+  tile.head_dim = call.head_dim;
+  tile.causal = call.causal;
+  tile.first_position = where.first_query + call.q_offset;
+
+  const int64_t plan_tile = where.first_query / call.q_block;
+  const int32_t* ranges = slice(call.range_slice, call.range_slice_strides) + 2 * plan_tile;
+  const int32_t* columns = slice(call.column_slice, call.column_slice_strides) + 2 * plan_tile;
+  KeyWalk walk;
+  walk.range = reinterpret_cast<const int32_t (*)[2]>(slice(call.ranges, call.ranges_strides)) + ranges[0];
+  walk.ranges_end = walk.range + ranges[1];
+  walk.column = slice(call.columns, call.columns_strides) + columns[0];
+  walk.columns_end = walk.column + columns[1];
+  const int64_t hidden = tile.first_position + tile.queries;
+  walk.limit = static_cast<int32_t>(!call.causal || hidden > call.n_k ? call.n_k : hidden < 0 ? 0 : hidden);
+
+  pack_queries(tile, row(static_cast<const T*>(call.q), call.q_strides, h, where.first_query), call.q_strides[2],
+               call.scale * kLog2E);
+  for (int64_t i = 0; i < kPitch; ++i) {
+    tile.max[i] = -kInfinity;
+    tile.sum[i] = 0.0f;
+  }
+  for (int64_t i = 0; i < call.head_dim * kPitch; ++i) tile.out[i] = 0.0f;
+
+  const T* k = row(static_cast<const T*>(call.k), call.k_strides, g, 0);
+  const T* v = row(static_cast<const T*>(call.v), call.v_strides, g, 0);
+  Piece piece;
+  while ((piece.keys = walk.take(piece.token)) > 0) {
+    find_rows(tile, piece, k, call.k_strides[2], v, call.v_strides[2]);
+    float old_max[kPitch];
+    memcpy(old_max, tile.max, sizeof old_max);
+    score_piece(tile, piece);
+    softmax_piece(tile, old_max, piece.keys);
+    value_piece(tile, piece);
+  }
+  write_out(tile, row(static_cast<T*>(call.out), call.out_strides, h, where.first_query), call.out_strides[2],
+            call.lse + (b * call.n_heads + h) * call.n_q + where.first_query);
+}
+
+}  // namespace
+
+int64_t sparse_attention_scratch(const SparseAttention& call) {
+  Tile tile;
+  return carve(call, nullptr, tile);
+}
+
+void sparse_attention_tile(const SparseAttention& call, const QueryTile& tile, float* scratch) {
+  if (call.bf16) {
+    attend<BFloat16>(call, tile, scratch);
+  } else {
+    attend<float>(call, tile, scratch);
+  }
+}
+
+}  // namespace scrimp::SCRIMP_ISA

@@ -1,0 +1,1 @@
+"""The demo: a real model reads a long prompt with dense and with sparse attention (`scrimp demo`)."""

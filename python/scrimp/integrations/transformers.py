@@ -1,0 +1,192 @@
+"""Sparse prefill for Hugging Face models: `model.set_attn_implementation("scrimp_sparse")`.
+
+    from scrimp.integrations import transformers as scrimp_transformers
+    scrimp_transformers.register()
+    scrimp_transformers.configure(model, patterns)        # a HeadPatterns
+    model.set_attn_implementation("scrimp_sparse")
+
+Decoding, short prompts and layers where sparse attention would lose by the measured cost model run as "sdpa" does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from ..methods.attention_cost import AttentionCost
+from ..methods.head_patterns import HeadPatterns
+from ..methods.sparse_attention import sparse_prefill
+from ..sparse_plan import SparsePlan
+
+NAME = "scrimp_sparse"
+SHORTEST = 128  # queries; below it nothing is measured or planned
+PlanObserver = Callable[[int, SparsePlan], None]
+
+_log = logging.getLogger("scrimp")
+
+
+@dataclass
+class _Layer:
+    """What an attention module knows of its sparsity."""
+
+    index: int
+    patterns: HeadPatterns
+    observers: list[PlanObserver]
+    choices: dict[tuple[int, int, torch.dtype, int], str] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Makes the attention implementation "scrimp_sparse" known to transformers; twice does no harm."""
+    AttentionInterface.register(NAME, sparse_attention_forward)
+    AttentionMaskInterface.register(NAME, sparse_attention_mask)
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+
+
+def _layer(module: nn.Module) -> _Layer | None:
+    return module.__dict__.get("_scrimp")
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    return [layer for layer in map(_layer, _attention_modules(model)) if layer is not None]
+
+
+def configure(model: PreTrainedModel, patterns: HeadPatterns | None) -> None:
+    """Gives every attention layer of `model` its budgets; None makes all of them dense again.
+
+    Raises:
+        ValueError: the patterns have other layers or heads than the model.
+    """
+    modules = _attention_modules(model)
+    config = model.config.get_text_config()
+    if patterns is not None and (patterns.layers, patterns.heads) != (len(modules), config.num_attention_heads):
+        raise ValueError(
+            f"the patterns are for {patterns.layers} layers of {patterns.heads} heads, "
+            f"but the model has {len(modules)} layers of {config.num_attention_heads} heads"
+        )
+    for module in modules:
+        known = _layer(module)
+        observers = known.observers if known else []
+        index = int(module.__dict__["layer_idx"])
+        module.__dict__["_scrimp"] = None if patterns is None else _Layer(index, patterns, observers)
+
+
+@contextmanager
+def watch_plans(model: PreTrainedModel, observer: PlanObserver) -> Iterator[None]:
+    """Calls `observer(layer, plan)` for every sparse prefill inside the `with` block."""
+    watched = [layer.observers for layer in _layers(model)]
+    for observers in watched:
+        observers.append(observer)
+    try:
+        yield
+    finally:
+        for observers in watched:
+            observers.remove(observer)
+
+
+def choices(model: PreTrainedModel) -> list[str]:
+    """What each layer ran so far, one line per layer and shape, with the predicted times that decided it."""
+    return [
+        f"layer {layer.index}, {n_q} queries, {n_k} keys: {text}"
+        for layer in _layers(model)
+        for (n_q, n_k, *_), text in layer.choices.items()
+    ]
+
+
+def sparse_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward pass: None if purely causal, bool `[B, kv_length]` if causal with left padding.
+
+    Everything else (short inputs, windows, packed sequences, static caches) gets the 4-D mask of "sdpa".
+    """
+    plain = mask_function is causal_mask_function and kv_offset == 0 and q_offset + q_length == kv_length
+    if plain and q_length >= SHORTEST:
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if padding is None or bool(padding.all()):
+            return None if q_length == kv_length else torch.ones(batch_size, kv_length, dtype=torch.bool)
+        padding = padding[:, :kv_length].bool()
+        if bool((padding[:, 1:] >= padding[:, :-1]).all()):  # zeros, then ones
+            return padding
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: query `[B, H, n_q, D]`, key and value `[B, G, n_k, D]` -> `[B, n_q, H, D]`."""
+    layer = _layer(module)
+    n_q, n_k = query.shape[2], key.shape[2]
+    starts = _padding_starts(attention_mask)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    prefill = n_q >= SHORTEST and causal and (n_q == n_k if attention_mask is None else starts is not None)
+    plain = dropout == 0.0 and not kwargs.get("softcap") and kwargs.get("position_bias") is None
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if layer is not None and prefill and plain and not needs_grad and _pays(layer, query, key):
+        out = sparse_prefill(query, key, value, layer.patterns, layer.index, scaling, starts, layer.observers)
+        return out.transpose(1, 2).contiguous(), None
+    if starts is not None:
+        attention_mask = _causal_mask(attention_mask, n_q)  # type: ignore[arg-type]
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
+    )
+
+
+def _padding_starts(mask: Tensor | None) -> list[int] | None:
+    """First real key of each sequence, from the 2-D mask of `sparse_attention_mask`."""
+    if mask is None or mask.dim() != 2:
+        return None
+    return mask.int().argmax(1).tolist()
+
+
+def _causal_mask(padding: Tensor, n_q: int) -> Tensor:
+    """The 4-D form of a padding mask: bool `[B, 1, n_q, n_k]`."""
+    n_k = padding.shape[1]
+    key = torch.arange(n_k, device=padding.device)
+    return padding[:, None, None, :] & (key <= (key[-n_q:])[:, None])
+
+
+def _pays(layer: _Layer, query: Tensor, key: Tensor) -> bool:
+    shape = (query.shape[2], key.shape[2], query.dtype, torch.get_num_threads())
+    if shape not in layer.choices:
+        cost = AttentionCost.measured(query.shape[3], query.dtype, query.device.type, torch.get_num_threads())
+        sparse, dense = cost.predict(layer.patterns, layer.index, *shape[:2])
+        verdict = "sparse" if sparse < dense else "sdpa"
+        layer.choices[shape] = f"{verdict} (predicted {1e3 * sparse:.2f} ms sparse, {1e3 * dense:.2f} ms sdpa)"
+        _log.info("layer %d, %d queries, %d keys: %s", layer.index, *shape[:2], layer.choices[shape])
+    return layer.choices[shape].startswith("sparse")

@@ -1,0 +1,37 @@
+"""A binary built here runs on processors with fewer instruction sets: the ops under emulated older ones."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+QEMU = shutil.which("qemu-x86_64")
+CODE = """
+import torch, scrimp
+from scrimp._registry import OPS
+from scrimp.testing import assert_matches_oracle
+torch.set_num_threads(1)
+(isa,) = {run.split("(")[1] for run in (scrimp.which(op)["cpu"] for op in OPS) if run.startswith("C++")}
+q, k = torch.randn(1, 2, 70, 24), torch.randn(1, 1, 70, 24)
+plan = scrimp.SparsePlan.vertical_slash(70, columns=[[3, 20]], diagonals=[[0, 40]])
+args = (q, k, k, plan.ranges, plan.range_slice, plan.columns, plan.column_slice, plan.q_block, 0, True, 0.2)
+state = OPS["sparse_attention"].call(*args)
+assert_matches_oracle(state, OPS["sparse_attention"].reference, *args)
+assert_matches_oracle(OPS["merge_attention"].call(*state, *state), OPS["merge_attention"].reference, *state, *state)
+print("ran on", isa.rstrip(")"))
+"""
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (apt-get install qemu-user)")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="emulates x86-64 processors")
+@pytest.mark.parametrize(("processor", "isa"), [("Westmere", "portable"), ("Haswell", "avx2")])
+def test_ops_run(processor: str, isa: str) -> None:
+    command = [str(QEMU), "-cpu", processor, sys.executable, "-c", CODE]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() == f"ran on {isa}"
