@@ -21,7 +21,7 @@ test: setup  ## the whole suite
 test-asan: $(VENV)/.asan  ## the op tests under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/asan $(PY) -m pytest -p no:cacheprovider -m "not subprocess" tests/ops
+	PYTHONPATH=build/asan $(PY) -m pytest --capture=sys -q -p no:cacheprovider tests/ops
 
 lint: $(VENV)/.deps  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .

@@ -1,1 +1,1 @@
-"""Adapters: one file per peer library."""
+"""Adapters: one file per peer library; `registry` says what a file holds."""

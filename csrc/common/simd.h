@@ -130,7 +130,7 @@ SCRIMP_INLINE Vec exp2(Vec x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
 #else
-  const Vec scaled = (Vec)((IntVec)p + ((IntVec)shifted << 23));
+  const Vec scaled = (Vec)((BitsVec)p + ((BitsVec)shifted << 23));
   return x < -126.0f ? Vec{} : scaled;
 #endif
 }

@@ -1,0 +1,47 @@
+"""Where a number comes from: processor, instruction set, versions, commit."""
+
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import scrimp
+from scrimp import _ext
+from scrimp.doctor import cpu_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit with "-dirty" where files differ from it; "unknown" outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return "unknown"
+        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions(distribution: str) -> str:
+    """Versions of scrimp, Python, torch and the peer's package."""
+    parts = [f"scrimp {scrimp.__version__}", f"python {platform.python_version()}"]
+    parts += [f"{name} {metadata.version(name)}" for name in dict.fromkeys(("torch", distribution))]
+    return ", ".join(parts)
+
+
+def isa() -> str:
+    """The instruction set of the CPU kernels in use."""
+    return _ext.current_isa() or "reference"
+
+
+def device() -> str:
+    """The name of this machine's file of results: processor and instruction set."""
+    words = re.sub(r"\((r|tm|c)\)", " ", f"{cpu_model()} {isa()}", flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
