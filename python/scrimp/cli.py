@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .demo import options as demo_options
 
@@ -21,6 +22,12 @@ def _demo(args: argparse.Namespace) -> int:
     from .demo import run
 
     return run.main(args)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from .demo import calibrate
+
+    return calibrate.main(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -43,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what runs on this machine, what does not, and why")
     demo = command("demo", _demo, "a real model reads a long prompt, with dense and with sparse attention")
     demo_options.add_arguments(demo)
+    calibrate = command("calibrate", _calibrate, "find the attention patterns of a model's heads, once")
+    calibrate.add_argument("model", metavar="MODEL", help="a transformers model folder, or 'demo'")
+    calibrate.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="texts like those to read (UTF-8)")
+    calibrate.add_argument("--length", type=int, default=8192, metavar="N", help="tokens of a text (default 8192)")
+    calibrate.add_argument("--texts", type=int, default=3, metavar="N", help="texts to use (default 3)")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     bench = command("bench", _bench, "measure an op against its peers, paired")
     bench.add_argument("op", nargs="?", metavar="OP", help="the op to measure")
     bench.add_argument("--all", action="store_true", help="measure every op")
