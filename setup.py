@@ -26,7 +26,7 @@ SANITIZE = os.environ.get("SCRIMP_SANITIZE", "")
 
 # Oldest torch whose stable ABI the binary uses: 2.10.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-O1" if SANITIZE else "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -1,0 +1,223 @@
+"""PTX and cubins from Triton and nvcc on a machine without a GPU, cached by content.
+
+Triton compiles in a subprocess without ``TRITON_INTERPRET`` (with it nothing compiles), so the
+calling process may run the interpreter. One worker serves a whole list of requests.
+"""
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_WORKER = Path(__file__).with_name("triton_worker.py")
+
+
+def cache_folder() -> Path:
+    """Where builds and compiler outputs lie: ``SCRIMP_CACHE`` or ``~/.cache/scrimp``."""
+    root = os.environ.get("SCRIMP_CACHE")
+    folder = Path(root) if root else Path.home() / ".cache" / "scrimp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """One process at a time: parallel test workers do not build the same thing twice."""
+    with (cache_folder() / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class TritonRequest:
+    """One compilation: a kernel of a file, its signature, constants and options.
+
+    ``attrs`` maps an argument to its divisibility (declare 16 as the JIT would, or the loads are
+    narrow). ``arch`` is an int for CUDA (80, 90, 100) or a string for HIP ("gfx942").
+    """
+
+    path: str
+    name: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    attrs: Mapping[str, int] = field(default_factory=dict)
+    arch: int | str = 80
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def as_json(self) -> str:
+        return json.dumps({k: getattr(self, k) for k in self.__dataclass_fields__}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler gave: PTX text (or AMD assembly), the binary, its metadata."""
+
+    name: str
+    ptx: str
+    binary: bytes
+    shared: int
+    num_warps: int
+    metadata: Mapping[str, Any]
+
+
+def triton_request(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, int] | None = None,
+    arch: int | str = 80,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> TritonRequest:
+    """A request for a ``triton.jit`` function object (interpreted or not)."""
+    plain = getattr(fn, "fn", fn)
+    path = inspect.getsourcefile(plain)
+    if path is None:
+        raise ValueError(f"{plain!r} has no source file")
+    full = dict(signature) | dict.fromkeys(constexprs or {}, "constexpr")
+    return TritonRequest(
+        str(Path(path).resolve()), plain.__name__, full, dict(constexprs or {}),
+        dict(attrs or {}), arch, num_warps, num_stages,
+    )  # fmt: skip
+
+
+def _local_sources(path: Path, seen: dict[Path, bytes]) -> None:
+    """The file and every module it imports that is neither installed nor of the library."""
+    path = path.resolve()
+    if path in seen:
+        return
+    seen[path] = path.read_bytes()
+    installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) and Path(str(module.__file__)).resolve() == path:
+            break
+    else:
+        return
+    for value in list(vars(module).values()):
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
+        file = getattr(sys.modules.get(name or ""), "__file__", None)
+        if file and not any(file.startswith(str(root)) for root in installed):
+            _local_sources(Path(file), seen)
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return f"triton {version('triton')}"
+
+
+def _cache_path(request: TritonRequest) -> Path:
+    sources: dict[Path, bytes] = {}
+    _local_sources(Path(request.path), sources)
+    digest = hashlib.sha256(_versions().encode())
+    digest.update(_WORKER.read_bytes())
+    digest.update(replace(request, path=Path(request.path).name).as_json().encode())
+    for path in sorted(sources):
+        digest.update(sources[path])
+    return cache_folder() / "triton" / f"{request.name}-{digest.hexdigest()[:24]}.json"
+
+
+def compile_triton_all(requests: Iterable[TritonRequest]) -> list[Compiled]:
+    """Compile every request; the missing ones in one subprocess, the others from the cache."""
+    asked = [(request, _cache_path(request)) for request in requests]
+    if not all(path.exists() for _, path in asked):
+        with locked("triton"):
+            _compile_missing([(request, path) for request, path in asked if not path.exists()])
+    return [_read(path) for _, path in asked]
+
+
+def _compile_missing(missing: Sequence[tuple[TritonRequest, Path]]) -> None:
+    if missing:
+        lines = "\n".join(f"{path}\t{request.as_json()}" for request, path in missing)
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["TRITON_DEFAULT_FP_FUSION"] = environment.get("TRITON_DEFAULT_FP_FUSION", "1")
+        environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton-jit")
+        done = subprocess.run(
+            [sys.executable, str(_WORKER)], input=lines, capture_output=True, text=True,
+            env=environment,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RuntimeError(f"Triton compilation failed:\n{done.stderr[-4000:]}")
+
+
+def compile_triton(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, int] | None = None,
+    arch: int | str = 80,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> Compiled:
+    """Compile one Triton kernel ahead of time (see `TritonRequest`)."""
+    request = triton_request(fn, signature, constexprs, attrs, arch, num_warps, num_stages)
+    return compile_triton_all([request])[0]
+
+
+def _read(path: Path) -> Compiled:
+    raw = json.loads(path.read_text())
+    metadata = raw["metadata"]
+    return Compiled(
+        metadata["name"], raw["ptx"], base64.b64decode(raw["binary"]), int(metadata["shared"]),
+        int(metadata["num_warps"]), metadata,
+    )  # fmt: skip
+
+
+def nvcc_path() -> str | None:
+    """The nvcc on PATH, in CUDA_HOME, or in the nvidia wheels of this environment."""
+    found = shutil.which("nvcc")
+    if found:
+        return found
+    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    places += [str(Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13")]
+    for place in places:
+        candidate = Path(place) / "bin" / "nvcc"
+        if place and candidate.exists():
+            return str(candidate)
+    return None
+
+
+def compile_cuda(path: str | Path, arch: int = 80, flags: Sequence[str] = ()) -> str:
+    """The PTX of a CUDA C++ file by ``nvcc -ptx``; quoted includes are part of the cache key."""
+    nvcc = nvcc_path()
+    if nvcc is None:
+        raise RuntimeError("nvcc not found on PATH, in CUDA_HOME or in the nvidia wheels")
+    source = Path(path).resolve()
+    command = [nvcc, "-ptx", "-std=c++17", "-lineinfo", f"-arch=compute_{arch}", *flags]
+    digest = hashlib.sha256(" ".join(command).encode())
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    digest.update(version)
+    for text in _quoted_includes(source, {}).values():
+        digest.update(text)
+    target = cache_folder() / "cuda" / f"{source.stem}-{digest.hexdigest()[:24]}.ptx"
+    with locked("cuda"):
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            done = subprocess.run([*command, "-o", str(scratch), str(source)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr[-4000:]}")
+            scratch.replace(target)
+    return target.read_text()
+
+
+def _quoted_includes(path: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
+    if path not in seen and path.exists():
+        seen[path] = path.read_bytes()
+        for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', seen[path], re.M):
+            _quoted_includes((path.parent / name.decode()).resolve(), seen)
+    return seen
