@@ -135,7 +135,8 @@ def check(got: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: Spa
         for head, tile in places:
             own, group = plan.select(heads=[head]), slice(head // repeats, head // repeats + 1)
             at = slice(tile, tile + 1)
-            flat = (own.ranges, own.range_slice[:, :, at], own.columns, own.column_slice[:, :, at])
+            start = None if plan.row_start is None else plan.row_start[:, tile * plan.q_block :][:, : plan.q_block]
+            flat = (own.ranges, own.range_slice[:, :, at], own.columns, own.column_slice[:, :, at], start)
             sizes = (plan.q_block, plan.q_offset + tile * plan.q_block, plan.causal, D**-0.5)
             parts.append(
                 OPS["sparse_attention"].reference(rows(q, head, tile), k[:, group], v[:, group], *flat, *sizes)

@@ -16,7 +16,9 @@ torch.set_num_threads(1)
 (isa,) = {run.split("(")[1] for run in (scrimp.which(op)["cpu"] for op in OPS) if run.startswith("C++")}
 q, k = torch.randn(1, 2, 70, 24), torch.randn(1, 1, 70, 24)
 plan = scrimp.SparsePlan.vertical_slash(70, columns=[[3, 20]], diagonals=[[0, 40]])
-args = (q, k, k, plan.ranges, plan.range_slice, plan.columns, plan.column_slice, plan.q_block, 0, True, 0.2)
+starts = torch.arange(70, dtype=torch.int32)[None] // 2
+tensors = (plan.ranges, plan.range_slice, plan.columns, plan.column_slice, starts)
+args = (q, k, k, *tensors, plan.q_block, 0, True, 0.2)
 state = OPS["sparse_attention"].call(*args)
 assert_matches_oracle(state, OPS["sparse_attention"].reference, *args)
 assert_matches_oracle(OPS["merge_attention"].call(*state, *state), OPS["merge_attention"].reference, *state, *state)

@@ -115,13 +115,21 @@ def test_tri_shape(size: dict[str, Any], sink: int, window: int, last: int) -> N
     check(plan, naive(size, lambda p, j: j < sink or near(p, j) or p >= border))
 
 
-@few
+@settings(few, max_examples=80)
 @given(sizes(), st.integers(0, 45))
 def test_sliding_window(size: dict[str, Any], window: int) -> None:
-    check(
-        SparsePlan.sliding_window(**size, window=window),
-        naive(size, window_wants(size["causal"], window)),
-    )
+    """Exact in every row: a tile shows its rows no key beside their own window."""
+    position = torch.arange(size["n_q"])[:, None] + offset_of(size)
+    behind = position - torch.arange(size["n_k"])
+    mask = (behind >= 0) & (behind < window) if size["causal"] else behind.abs() < window
+    check(SparsePlan.sliding_window(**size, window=window), mask)
+
+
+def test_sliding_window_needs_no_row_start_where_all_rows_of_a_tile_agree() -> None:
+    assert SparsePlan.sliding_window(100, 100).row_start is None
+    assert SparsePlan.sliding_window(100, 7, q_block=1).row_start is None
+    assert SparsePlan.sliding_window(100, 7).row_start.shape == (1, 100)  # type: ignore[union-attr]
+    assert SparsePlan.sliding_window(100, 7).tile_cost().tolist() == [[[64, 42]]]
 
 
 @st.composite
@@ -215,22 +223,24 @@ def naive_documents(lengths: list[int], causal: bool) -> Tensor:
     return mask.tril() if causal else mask
 
 
-@few
-@given(st.lists(st.integers(0, 6), max_size=6), st.sampled_from([1, 2, 4, None]), st.booleans())
-def test_documents(counts: list[int], q_block: int | None, causal: bool) -> None:
-    lengths = [count * (q_block or 3) for count in counts]
+@settings(few, max_examples=80)
+@given(st.lists(st.integers(0, 20), max_size=8), st.sampled_from([1, 2, 7, 8, 64]), st.booleans())
+def test_documents(lengths: list[int], q_block: int, causal: bool) -> None:
     plan = SparsePlan.from_documents(lengths, q_block=q_block, causal=causal)
     check(plan, naive_documents(lengths, causal))
+    assert plan.q_block == q_block or not causal
 
 
-def test_documents_by_id_and_where_they_may_start() -> None:
+def test_documents_by_id_and_their_tiles() -> None:
     ids = torch.tensor([[5, 5, 5, 5, 2, 2, 9, 9, 9], [1, 1, 3, 3, 3, 3, 3, 3, 3]])
-    plan = SparsePlan.from_documents(ids=ids, q_block=2)
-    assert plan.batch == 2
-    assert torch.equal(plan.to_mask()[:, 0], (ids[:, :, None] == ids[:, None]).tril())
-    assert SparsePlan.from_documents([128, 100, 92], q_block=None).q_block == 4
-    with pytest.raises(ValueError, match=r"starts at token 100, inside a tile of q_block=64; q_block=100 "):
-        SparsePlan.from_documents([100, 100])
+    for q_block in (2, 4, 64):
+        plan = SparsePlan.from_documents(ids=ids, q_block=q_block).validate()
+        assert plan.batch == 2
+        assert torch.equal(plan.to_mask()[:, 0], (ids[:, :, None] == ids[:, None]).tril())
+        check_counts(plan)
+    assert SparsePlan.from_documents(ids=ids, q_block=2).row_start is None
+    assert SparsePlan.from_documents([128, 100, 92], causal=False).q_block == 4
+    assert SparsePlan.from_documents([128, 64, 92], causal=False).q_block == 64
     with pytest.raises(ValueError, match=r"ids\[1\]: document 4 comes back"):
         SparsePlan.from_documents(ids=torch.tensor([[1, 1, 1], [4, 5, 4]]), q_block=1)
     with pytest.raises(TypeError, match="either lengths or ids"):
@@ -261,6 +271,80 @@ def test_mask_round_trip(case: tuple[dict[str, Any], int, Tensor]) -> None:
     assert torch.equal(plan.to_mask(), mask)
     check_counts(plan)
     assert plan.same_pairs(SparsePlan.from_mask(mask, q_offset=plan.q_offset, q_block=1, causal=False))
+
+
+@few
+@given(sizes(), st.data())
+def test_row_start(size: dict[str, Any], data: st.DataObject) -> None:
+    """Any first key per row, over ranges and columns, in batches, joined, selected, padded; and back from its mask."""
+    n_q, n_k = size["n_q"], size["n_k"]
+    columns = data.draw(st.lists(st.integers(0, max(n_k - 1, 0)), max_size=8 if n_k else 0))
+    some = SparsePlan.vertical_slash(**size, columns=columns)
+    plan = SparsePlan.cat([some, SparsePlan.dense(**size)])
+    rows = st.lists(st.integers(0, n_k), min_size=n_q, max_size=n_q)
+    starts = torch.stack([torch.tensor(data.draw(rows)).int() for _ in range(data.draw(st.integers(1, 2)))])
+    expected = plan.to_mask() & (torch.arange(n_k) >= starts[:, None, :, None])
+    plan = dataclasses.replace(plan.expand(batch=len(starts)), row_start=starts).validate()
+    assert torch.equal(plan.to_mask(), expected)
+    check_counts(plan)
+    assert plan.same_pairs(plan.to("cpu"))
+    assert torch.equal(plan.select(batch=[len(starts) - 1], heads=[1]).to_mask(), expected[-1:, 1:])
+    both = SparsePlan.cat([plan, plan.with_padding([n_k // 2])], "batch").validate()
+    assert torch.equal(both.to_mask(), torch.cat([expected, expected & (torch.arange(n_k) >= n_k // 2)]))
+    assert torch.equal(SparsePlan.cat([plan.select(heads=[1]), plan.select(heads=[0])]).to_mask(), expected.flip(1))
+    kept = {name: size[name] for name in ("q_offset", "q_block", "causal")}
+    dense = plan.select(heads=[1])
+    assert SparsePlan.from_mask(dense.to_mask(), **kept).validate().same_pairs(dense)
+
+
+def test_row_start_belongs_to_all_heads() -> None:
+    window, dense = SparsePlan.sliding_window(100, 7), SparsePlan.dense(100)
+    with pytest.raises(ValueError, match=r"cat along heads: row_start\[0, 7\] is 0 in plan 1 and 1 in plan 0"):
+        SparsePlan.cat([window, dense])
+    assert SparsePlan.cat([window, dense], "batch").row_start.shape == (2, 100)  # type: ignore[union-attr]
+    assert SparsePlan.cat([window, window.expand(batch=2)]).validate().to_mask().shape == (2, 2, 100, 100)
+    assert window.expand(batch=0).validate().batch == 0
+    assert window.bytes() == dense.bytes() + 4 * 100
+    assert repr(window).endswith("columns=0, row_start=[1, 100])")
+    assert not window.same_pairs(dense)
+    assert window.same_pairs(SparsePlan.sliding_window(100, 7, q_block=1))
+
+
+def test_formats_without_row_start_refuse_it() -> None:
+    window = SparsePlan.sliding_window(128, 65)
+    for call, name in ((window.to_bsr, "to_bsr"), (window.to_minference, "to_minference")):
+        with pytest.raises(ValueError, match=rf"{name}: row_start hides 2016 pairs of \[0, 0\] tile 1"):
+            call()
+    idle = dataclasses.replace(SparsePlan.dense(128), row_start=torch.zeros(1, 128, dtype=torch.int32))
+    assert [x.tolist() for x in idle.to_bsr()] == [x.tolist() for x in SparsePlan.dense(128).to_bsr()]
+    assert torch.equal(idle.to_minference()[1], SparsePlan.dense(128).to_minference()[1])
+    late = dataclasses.replace(
+        SparsePlan.from_mask(torch.ones(1, 1, 64, 128).bool(), causal=False),
+        ranges=torch.tensor([[[[64, 128]]]]).int(),
+        row_start=torch.full((1, 64), 64).int(),
+    )
+    with pytest.raises(ValueError, match=r"sees only 64 keys of block 0"):
+        late.to_bsr(128)
+
+
+@settings(few, max_examples=12)
+@given(st.integers(1, 150), st.integers(0, 150), st.booleans(), st.lists(st.integers(1, 60), min_size=1, max_size=4))
+def test_flex_has_row_start(n: int, window: int, causal: bool, lengths: list[int]) -> None:
+    both = [SparsePlan.from_documents(lengths, q_block=16)] * 2
+    plans = [SparsePlan.sliding_window(n, window, causal=causal, q_block=16), SparsePlan.cat(both, "batch")]
+    for plan in (*plans, plans[1].with_padding([0, lengths[0] // 2])):
+        seen = plan.to_mask()
+        flex = plan.to_flex_block_mask(16, eager=True)
+        q, k, v = torch.randn(3, plan.batch, 1, plan.n_q, 8).unbind()
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        torch.testing.assert_close(
+            flex_attention(q, k, v, block_mask=flex), expected.nan_to_num(nan=0.0), atol=1e-5, rtol=1e-5
+        )
+        full = BlockMask.from_kv_blocks(
+            flex.full_kv_num_blocks, flex.full_kv_indices, BLOCK_SIZE=16, seq_lengths=(plan.n_q, plan.n_k)
+        )
+        whole = dense_blocks(full).repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, : plan.n_q, : plan.n_k]
+        assert not bool((whole & ~seen).any())
 
 
 def test_mask_that_is_no_plan() -> None:
@@ -546,6 +630,34 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"columns is on meta, ranges on cpu",
     ),
+    ({"row_start": torch.zeros(1, 20)}, TypeError, r"row_start must be None or an int32 tensor, got torch.float32"),
+    ({"row_start": [0] * 20}, TypeError, r"row_start must be None or an int32 tensor, got list"),
+    (
+        {"row_start": torch.zeros(20, dtype=torch.int32)},
+        ValueError,
+        r"row_start has shape \[20\], expected \[1, n_q=20\]",
+    ),
+    (
+        {"row_start": torch.zeros(2, 20, dtype=torch.int32)},
+        ValueError,
+        r"row_start has shape \[2, 20\], expected \[1, n_q=20\]",
+    ),
+    ({"row_start": torch.zeros(1, 19, dtype=torch.int32)}, ValueError, r"row_start has shape \[1, 19\]"),
+    (
+        {"row_start": torch.zeros(1, 20, dtype=torch.int32, device="meta")},
+        ValueError,
+        r"row_start is on meta, ranges on cpu",
+    ),
+    (
+        {"row_start": torch.arange(20, dtype=torch.int32)[None] - 1},
+        ValueError,
+        r"row_start\[0, 0\]=-1 is not inside \[0, n_k=20\]",
+    ),
+    (
+        {"row_start": torch.arange(20, dtype=torch.int32)[None] + 2},
+        ValueError,
+        r"row_start\[0, 19\]=21 is not inside \[0, n_k=20\]",
+    ),
     ({"q_block": 0}, ValueError, r"q_block=0 is outside \[1, 2147483647\]"),
     ({"n_q": 20.0}, TypeError, r"n_q=20.0 must be an int, got float"),
     ({"n_q": -1}, ValueError, r"n_q=-1 is outside"),
@@ -579,7 +691,9 @@ BAD_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"heads differ: sink for 3, window for 2",
     ),
-    (lambda: SparsePlan.sliding_window(8, []), ValueError, r"window is empty"),
+    (lambda: SparsePlan.sliding_window(8, [1]), TypeError, r"window=\[1\] must be an int, got list"),  # type: ignore[arg-type]
+    (lambda: SparsePlan.sliding_window(8, -1), ValueError, r"window=-1 is outside"),
+    (lambda: SparsePlan.from_documents([8], q_block=0, causal=False), ValueError, r"q_block=0 is outside"),
     (
         lambda: SparsePlan.vertical_slash(8, [8]),
         ValueError,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -30,8 +31,24 @@ struct PlanTensor {
   const int32_t* head(int64_t b, int64_t h) const { return data + b * strides[0] + h * strides[1]; }
 };
 
+// [B|1, n_q], or nothing.
+struct RowStart {
+  std::optional<Tensor> tensor;
+  const int32_t* data = nullptr;
+  int64_t batches = 1, stride = 0;
+
+  explicit RowStart(const std::optional<Tensor>& any) {
+    if (!any) return;
+    tensor = torch::stable::contiguous(*any);
+    data = static_cast<const int32_t*>(tensor->data_ptr());
+    batches = tensor->size(0);
+    stride = batches == 1 ? 0 : tensor->size(1);
+  }
+};
+
 struct Plan {
   PlanTensor ranges, range_slice, columns, column_slice;
+  RowStart row_start;
   int64_t q_block, q_offset, tiles;
   bool causal;
 };
@@ -63,6 +80,18 @@ static void check_plan_tensor(const char* name, const Tensor& tensor, const Tens
   fits = fits && (length < 0 || tensor.size(2) == length) && (dim == 3 || tensor.size(3) == 2);
   SCRIMP_CHECK(fits, "sparse_attention: ", name, " has shape ", shape_text(tensor), ", which does not fit q ",
                shape_text(q), length < 0 ? "" : " and its number of tiles, ", length < 0 ? "" : std::to_string(length));
+}
+
+static void check_row_start(const Tensor& tensor, const Tensor& q, int64_t n_k) {
+  SCRIMP_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_cpu(),
+               "sparse_attention: row_start must be int32 on the CPU");
+  SCRIMP_CHECK(tensor.dim() == 2 && (tensor.size(0) == 1 || tensor.size(0) == q.size(0)) && tensor.size(1) == q.size(2),
+               "sparse_attention: row_start has shape ", shape_text(tensor), ", which does not fit q ", shape_text(q));
+  const Tensor whole = torch::stable::contiguous(tensor);
+  const auto* start = static_cast<const int32_t*>(whole.data_ptr());
+  for (int64_t i = 0, n = whole.numel(); i < n; ++i)
+    SCRIMP_CHECK(start[i] >= 0 && start[i] <= n_k, "sparse_attention: row_start ", start[i],
+                 " is outside [0, n_k=", n_k, "]");
 }
 
 static void check_slice(const char* name, const int32_t* slice, int64_t capacity) {
@@ -106,10 +135,14 @@ static std::vector<int64_t> count_keys(const Plan& plan, int64_t b, int64_t h, i
     }
     const int64_t causal_end = std::clamp<int64_t>(std::min((t + 1) * plan.q_block, n_q) + plan.q_offset, 0, n_k);
     const int64_t end = plan.causal ? causal_end : n_k;
-    keys[t] = std::lower_bound(columns, columns + column_slice[1], end) - columns;
+    const int32_t* row = plan.row_start.data ? plan.row_start.data + b * plan.row_start.stride : nullptr;
+    const int64_t first_row = t * plan.q_block, last_row = std::min(first_row + plan.q_block, n_q);
+    const int64_t begin = row ? *std::min_element(row + first_row, row + last_row) : 0;
+    const int32_t* columns_end = columns + column_slice[1];
+    keys[t] = std::lower_bound(columns, columns_end, end) - std::lower_bound(columns, columns_end, begin);
     const int32_t* range = plan.ranges.head(b, h) + 2 * range_slice[0];
     for (const int32_t* last = range + 2 * range_slice[1]; range < last; range += 2)
-      keys[t] += std::max<int64_t>(std::min<int64_t>(range[1], end) - range[0], 0);
+      keys[t] += std::max<int64_t>(std::min<int64_t>(range[1], end) - std::max<int64_t>(range[0], begin), 0);
   }
   return keys;
 }
@@ -123,7 +156,7 @@ static std::vector<QueryTile> split_work(const Plan& plan, int64_t B, int64_t H,
       size = std::max(size, part->tensor.size(dim));
     return size;
   };
-  const int64_t plan_batches = plan_size(0), plan_heads = plan_size(1);
+  const int64_t plan_batches = std::max(plan_size(0), plan.row_start.batches), plan_heads = plan_size(1);
   std::vector<std::vector<int64_t>> keys;
   for (int64_t b = 0; b < plan_batches; ++b)
     for (int64_t h = 0; h < plan_heads; ++h) keys.push_back(count_keys(plan, b, h, n_q, n_k));
@@ -148,7 +181,8 @@ static std::vector<QueryTile> split_work(const Plan& plan, int64_t B, int64_t H,
 
 static std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                                    const Tensor& ranges, const Tensor& range_slice,
-                                                   const Tensor& columns, const Tensor& column_slice, int64_t q_block,
+                                                   const Tensor& columns, const Tensor& column_slice,
+                                                   const std::optional<Tensor>& row_start, int64_t q_block,
                                                    int64_t q_offset, bool causal, double scale) {
   check_tensors(q_any, k_any, v_any);
   const int64_t B = q_any.size(0), H = q_any.size(1), n_q = q_any.size(2), D = q_any.size(3);
@@ -163,11 +197,13 @@ static std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q_any, const Te
   check_plan_tensor("range_slice", range_slice, q_any, 4, tiles);
   check_plan_tensor("columns", columns, q_any, 3, -1);
   check_plan_tensor("column_slice", column_slice, q_any, 4, tiles);
+  if (row_start) check_row_start(*row_start, q_any, n_k);
 
   const Plan plan{.ranges = PlanTensor(ranges),
                   .range_slice = PlanTensor(range_slice),
                   .columns = PlanTensor(columns),
                   .column_slice = PlanTensor(column_slice),
+                  .row_start = RowStart(row_start),
                   .q_block = q_block,
                   .q_offset = q_offset,
                   .tiles = tiles,
@@ -195,6 +231,8 @@ static std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q_any, const Te
                              .range_slice_strides = {plan.range_slice.strides[0], plan.range_slice.strides[1]},
                              .columns_strides = {plan.columns.strides[0], plan.columns.strides[1]},
                              .column_slice_strides = {plan.column_slice.strides[0], plan.column_slice.strides[1]},
+                             .row_start = plan.row_start.data,
+                             .row_start_stride = plan.row_start.stride,
                              .n_heads = H,
                              .n_groups = G,
                              .n_q = n_q,

@@ -22,6 +22,8 @@ struct SparseAttention {
   const int32_t* columns;       // [B, H, C]
   const int32_t* column_slice;  // [B, H, T, 2]: (first, count) in the head's columns
   int64_t ranges_strides[2], range_slice_strides[2], columns_strides[2], column_slice_strides[2];
+  const int32_t* row_start;  // [B, n_q]: row i sees keys from row_start[b, i] on; or null
+  int64_t row_start_stride;
 
   int64_t n_heads, n_groups, n_q, n_k, head_dim;
   int64_t q_block, q_offset;

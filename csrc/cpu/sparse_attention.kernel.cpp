@@ -19,12 +19,13 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr int64_t kPitch = kQueryLanes;              // floats from one row of Q^T, S^T or O^T to the next
-constexpr int kVectors = kQueryLanes / kLanes;       // vectors in a full row
-constexpr int kStripVectors = kLanes == 16 ? 4 : 2;  // accumulators of a strip: kStripRows x kStripVectors,
-constexpr int kStripRows = 6;                        // which fill the registers together with their operands
-constexpr int64_t kPiece = 126;                      // keys whose S^T stays in cache; a multiple of kStripRows
-constexpr int64_t kLine = 16;                        // floats in a cache line
+constexpr int64_t kPitch = kQueryLanes;  // floats from one row of Q^T, S^T or O^T to the next
+// A strip, kStripRows x kStripVectors accumulators, fills the registers together with its operands.
+constexpr int kStripRows = 6;
+constexpr int kStripVectors = kLanes == 16 ? 4 : 2;
+constexpr int kStrips = kPitch / kLanes / kStripVectors;  // strips side by side in a full row
+constexpr int64_t kPiece = 126;                           // keys whose S^T stays in cache; a multiple of kStripRows
+constexpr int64_t kLine = 16;                             // floats in a cache line
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = __builtin_inff();
@@ -43,18 +44,30 @@ SCRIMP_INLINE void with_constant(int64_t n, Body body) {
   body(Int<N>{});
 }
 
+// Cuts rows into strips of up to kStripRows, the last two of like height: body(Int<R>, first_row).
+template <class Body>
+SCRIMP_INLINE void for_row_strips(int64_t rows, Body body) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row;
+    const bool two_left = left > kStripRows && left < 2 * kStripRows;
+    with_constant<kStripRows>(two_left ? (left + 1) / 2 : left, [&](auto height) {
+      body(height, row);
+      row += height.value;
+    });
+  }
+}
+
 // Cuts a rows x vectors block into strips: body(Int<R>, Int<C>, first_row, first_vector).
 template <class Body>
 SCRIMP_INLINE void for_strips(int64_t rows, int64_t vectors, Body body) {
-  for (int64_t vector = 0; vector < vectors; vector += kStripVectors) {
-    with_constant<kStripVectors>(vectors - vector, [&](auto width) {
-      for (int64_t row = 0; row < rows;) {
-        const int64_t left = rows - row;
-        const int64_t height = left < 2 * kStripRows && left > kStripRows ? (left + 1) / 2 : left;
-        with_constant<kStripRows>(height, [&](auto rows_now) {
-          body(rows_now, width, row, vector);
-          row += rows_now.value;
-        });
+  if constexpr (kStrips == 1) {
+    with_constant<kStripVectors>(vectors, [&](auto width) {
+      for_row_strips(rows, [&](auto height, int64_t row) { body(height, width, row, int64_t{0}); });
+    });
+  } else {
+    for_row_strips(rows, [&](auto height, int64_t row) {
+      for (int64_t vector = 0; vector < vectors; vector += kStripVectors) {
+        with_constant<kStripVectors>(vectors - vector, [&](auto width) { body(height, width, row, vector); });
       }
     });
   }
@@ -74,11 +87,11 @@ SCRIMP_INLINE void for_vectors(Body body) {
 template <int R, int C, class Scalar>
 SCRIMP_INLINE void multiply_add(Vec (&sum)[R][C], const float* lanes, int64_t depth, Scalar scalar) {
   for (int64_t i = 0; i < depth; ++i, lanes += kPitch) {
-    Vec b[C], a[R];
+    Vec b[C];
     for_vectors<1, C>([&](int, int c) { b[c] = load(lanes + c * kLanes); });
-    for_vectors<R, C>([&](int r, int c) {
-      if (c == 0) a[r] = broadcast(scalar(r, i));
-      sum[r][c] = fma(a[r], b[c], sum[r][c]);
+    for_vectors<R, 1>([&](int r, int) {
+      const Vec a = broadcast(scalar(r, i));
+      for_vectors<1, C>([&](int, int c) { sum[r][c] = fma(a, b[c], sum[r][c]); });
     });
   }
 }
@@ -87,7 +100,7 @@ SCRIMP_INLINE void multiply_add(Vec (&sum)[R][C], const float* lanes, int64_t de
 struct Piece {
   int64_t keys;
   int32_t token[kPiece];
-  const float* k[kPiece];
+  const float* k[kPiece + kStripRows];  // some more behind the end, to be prefetched
   const float* v[kPiece];
 };
 
@@ -97,8 +110,8 @@ struct KeyWalk {
   const int32_t (*ranges_end)[2];
   const int32_t* column;
   const int32_t* columns_end;
-  int32_t limit;     // keys from here on are hidden from every query of the tile
-  int32_t done = 0;  // keys before this one are listed
+  int32_t limit;  // keys from here on are hidden from every query of the tile
+  int32_t done;   // keys before this one are listed, or hidden from every query
 
   int64_t take(int32_t* token) {
     int64_t count = 0;
@@ -121,39 +134,23 @@ struct KeyWalk {
   }
 };
 
-// What one tile works on; all of it lives in the worker's scratch.
+// What one tile works on; all of it lies in the worker's scratch.
 struct Tile {
   int64_t queries;
-  int64_t vectors;  // ceil(queries / kLanes): lanes behind the last query compute zeros
+  int64_t vectors;  // ceil(queries / kLanes); lanes behind the last query hold zeros
   int64_t head_dim;
   int64_t first_position;  // query i sees keys up to first_position + i, if causal
   bool causal;
-  float* q;        // Q^T [D, 64], times scale * log2 e
-  float* scores;   // S^T, then P^T [kPiece, 64]
-  float* out;      // O^T [D, 64]
-  float* max;      // [64] so far
-  float* sum;      // [64]
-  float* rescale;  // [64] 2^(old max - new max)
-  float* staged;   // bfloat16 only: [2, kPiece, D] floats
+  const int32_t* row_start;  // [64] first key of each query; read only below last_start
+  int32_t last_start;        // the largest of them, 0 without any
+  float* q;                  // Q^T [D, 64], times scale * log2 e
+  float* out;                // O^T [D, 64]
+  float* scores;             // S^T, then P^T [kPiece, 64]
+  float* max;                // [64] so far
+  float* sum;                // [64] so far
+  float* rescale;            // [64] 2^(old max - new max)
+  float* staged;             // bf16 only: K and V as fp32, [2, kPiece, D]
 };
-
-int64_t carve(const SparseAttention& call, float* scratch, Tile& tile) {
-  float* next = scratch;
-  const auto take = [&](int64_t rows) {
-    float* block = next;
-    next += rows * kPitch;
-    return block;
-  };
-  tile.q = take(call.head_dim);
-  tile.scores = take(kPiece);
-  tile.out = take(call.head_dim);
-  tile.max = take(1);
-  tile.sum = take(1);
-  tile.rescale = take(1);
-  tile.staged = next;
-  if (call.bf16) next += 2 * kPiece * call.head_dim;
-  return next - scratch;
-}
 
 // Q^T[d, i] = Q[i, d] * factor, zeros for lanes without a query.
 template <class T>
@@ -173,36 +170,38 @@ void pack_queries(const Tile& tile, const T* q, int64_t stride, float factor) {
   }
 }
 
-// S^T of the piece, -inf where causality hides a key; raises tile.max.
+// S^T of the piece, -inf where causality or row_start hides a key; raises tile.max. (Tile by value: a store cannot
+// change it.)
 [[gnu::flatten]] void score_piece(const Tile tile, const Piece& piece) {
-  const bool masked = tile.causal && piece.token[piece.keys - 1] > tile.first_position;
+  const bool late = tile.causal && piece.token[piece.keys - 1] > tile.first_position;
+  const bool early = piece.token[0] < tile.last_start;
   for_strips(piece.keys, tile.vectors, [&](auto rows, auto width, int64_t key, int64_t vector) {
     constexpr int R = rows.value, C = width.value;
     const int64_t lane = vector * kLanes;
     Vec score[R][C];
     for_vectors<R, C>([&](int r, int c) { score[r][c] = Vec{}; });
     const float* k[R];
-    const float* next_k[R];
-    const float* v[R];
-    for (int r = 0; r < R; ++r) {
-      k[r] = piece.k[key + r];
-      next_k[r] = piece.k[key + R + r < piece.keys ? key + R + r : piece.keys - 1];
-      v[r] = piece.v[key + r];
-    }
+    for_vectors<R, 1>([&](int r, int) { k[r] = piece.k[key + r]; });
     for (int64_t d = 0; d < tile.head_dim; d += kLine) {
-      if (vector == 0) {
-        for (int r = 0; r < R; ++r) {
-          __builtin_prefetch(v[r] + d, 0, 2);
-          __builtin_prefetch(next_k[r] + d, 0, 2);
-        }
-      }
+      for_vectors<R, 1>([&](int r, int) {  // V of these keys, K of the next
+        if (kStrips > 1 && r % kStrips != vector / kStripVectors) return;
+        __builtin_prefetch(piece.v[key + r] + d);
+        __builtin_prefetch(piece.k[key + R + r] + d);
+      });
       const int64_t depth = tile.head_dim - d < kLine ? tile.head_dim - d : kLine;
       multiply_add(score, tile.q + d * kPitch + lane, depth, [&](int r, int64_t i) { return k[r][d + i]; });
     }
-    if (masked) {
+    if (late) {
       for_vectors<R, C>([&](int r, int c) {
         const int64_t first_seeing = piece.token[key + r] - tile.first_position - lane - c * kLanes;
         score[r][c] = lane_index() >= static_cast<float>(first_seeing) ? score[r][c] : broadcast(-kInfinity);
+      });
+    }
+    if (early) {
+      for_vectors<R, C>([&](int r, int c) {
+        IntVec start;
+        memcpy(&start, tile.row_start + lane + c * kLanes, sizeof start);
+        score[r][c] = start <= piece.token[key + r] ? score[r][c] : broadcast(-kInfinity);
       });
     }
     Vec high[C];
@@ -215,20 +214,21 @@ void pack_queries(const Tile& tile, const T* q, int64_t stride, float factor) {
   });
 }
 
-// P^T = 2^(S^T - max) in place; brings sum up to date and sets rescale.
+// P^T = 2^(S^T - max) in place; brings sum up to date and sets rescale. A piece is summed from zero, here and in
+// value_piece, so that rounding errors grow with the square root of the piece, not of the whole row.
 void softmax_piece(const Tile& tile, const float* old_max, int64_t keys) {
   for (int64_t lane = 0; lane < tile.vectors * kLanes; lane += kLanes) {
     const Vec high = load(tile.max + lane);
     const Vec base = high == -kInfinity ? Vec{} : high;  // a lane without any key so far: 2^(-inf - 0) = 0
     const Vec rescale = exp2(load(old_max + lane) - base);
-    Vec sum = load(tile.sum + lane) * rescale;
+    Vec sum{};
     for (int64_t key = 0; key < keys; ++key) {
       float* p = tile.scores + key * kPitch + lane;
       const Vec weight = exp2(load(p) - base);
       sum += weight;
       store(p, weight);
     }
-    store(tile.sum + lane, sum);
+    store(tile.sum + lane, fma(load(tile.sum + lane), rescale, sum));
     store(tile.rescale + lane, rescale);
   }
 }
@@ -240,15 +240,16 @@ void softmax_piece(const Tile& tile, const float* old_max, int64_t keys) {
     const int64_t lane = vector * kLanes;
     float* out = tile.out + dim * kPitch + lane;
     Vec sum[R][C];
-    for_vectors<R, C>([&](int r, int c) {
-      sum[r][c] = load(out + r * kPitch + c * kLanes) * load(tile.rescale + lane + c * kLanes);
-    });
+    for_vectors<R, C>([&](int r, int c) { sum[r][c] = Vec{}; });
     multiply_add(sum, tile.scores + lane, piece.keys, [&](int r, int64_t key) { return piece.v[key][dim + r]; });
-    for_vectors<R, C>([&](int r, int c) { store(out + r * kPitch + c * kLanes, sum[r][c]); });
+    for_vectors<R, C>([&](int r, int c) {
+      float* past = out + r * kPitch + c * kLanes;
+      store(past, fma(load(past), load(tile.rescale + lane + c * kLanes), sum[r][c]));
+    });
   });
 }
 
-// Points the piece at rows of K and V; bfloat16 rows are first widened into scratch.
+// Points the piece at rows of K and V; bf16 rows are first widened into scratch.
 void find_rows(const Tile&, Piece& piece, const float* k, int64_t k_stride, const float* v, int64_t v_stride) {
   for (int64_t i = 0; i < piece.keys; ++i) {
     piece.k[i] = k + piece.token[i] * k_stride;
@@ -292,6 +293,23 @@ void write_out(const Tile& tile, T* out, int64_t stride, float* lse) {
   for (int64_t i = 0; i < tile.queries; ++i) lse[i] = tile.max[i] * kLn2 + __builtin_logf(tile.sum[i]);
 }
 
+// row_start of a tile's queries (other lanes repeat the first), its smallest and its largest.
+struct Starts {
+  int32_t row[kQueryLanes];
+  int32_t first = 0, last = 0;
+
+  Starts(const SparseAttention& call, const QueryTile& where) {
+    if (call.row_start == nullptr) return;
+    const int32_t* start = call.row_start + where.batch * call.row_start_stride + where.first_query;
+    first = last = start[0];
+    for (int64_t i = 0; i < kQueryLanes; ++i) {
+      row[i] = start[i < where.queries ? i : 0];
+      if (row[i] < first) first = row[i];
+      if (row[i] > last) last = row[i];
+    }
+  }
+};
+
 template <class T>
 void attend(const SparseAttention& call, const QueryTile& where, float* scratch) {
   const int64_t b = where.batch, h = where.head, g = h / (call.n_heads / call.n_groups);
@@ -301,13 +319,22 @@ void attend(const SparseAttention& call, const QueryTile& where, float* scratch)
   const auto slice = [&](const int32_t* base, const int64_t (&strides)[2]) {
     return base + b * strides[0] + h * strides[1];
   };
-  Tile tile;
-  carve(call, scratch, tile);
-  tile.queries = where.queries;
-  tile.vectors = (where.queries + kLanes - 1) / kLanes;
-  tile.head_dim = call.head_dim;
-  tile.causal = call.causal;
-  tile.first_position = where.first_query + call.q_offset;
+  const int64_t D = call.head_dim;
+  const Starts starts(call, where);
+  const Tile tile{.queries = where.queries,
+                  .vectors = (where.queries + kLanes - 1) / kLanes,
+                  .head_dim = D,
+                  .first_position = where.first_query + call.q_offset,
+                  .causal = call.causal,
+                  .row_start = starts.row,
+                  .last_start = starts.last,
+                  .q = scratch,
+                  .out = scratch + D * kPitch,
+                  .scores = scratch + 2 * D * kPitch,
+                  .max = scratch + (2 * D + kPiece) * kPitch,
+                  .sum = scratch + (2 * D + kPiece + 1) * kPitch,
+                  .rescale = scratch + (2 * D + kPiece + 2) * kPitch,
+                  .staged = scratch + (2 * D + kPiece + 3) * kPitch};
 
   const int64_t plan_tile = where.first_query / call.q_block;
   const int32_t* ranges = slice(call.range_slice, call.range_slice_strides) + 2 * plan_tile;
@@ -317,6 +344,9 @@ void attend(const SparseAttention& call, const QueryTile& where, float* scratch)
   walk.ranges_end = walk.range + ranges[1];
   walk.column = slice(call.columns, call.columns_strides) + columns[0];
   walk.columns_end = walk.column + columns[1];
+  walk.done = starts.first;
+  while (walk.range < walk.ranges_end && (*walk.range)[1] <= walk.done) ++walk.range;
+  while (walk.column < walk.columns_end && *walk.column < walk.done) ++walk.column;
   const int64_t hidden = tile.first_position + tile.queries;
   walk.limit = static_cast<int32_t>(!call.causal || hidden > call.n_k ? call.n_k : hidden < 0 ? 0 : hidden);
 
@@ -326,13 +356,14 @@ void attend(const SparseAttention& call, const QueryTile& where, float* scratch)
     tile.max[i] = -kInfinity;
     tile.sum[i] = 0.0f;
   }
-  for (int64_t i = 0; i < call.head_dim * kPitch; ++i) tile.out[i] = 0.0f;
+  for (int64_t i = 0; i < D * kPitch; ++i) tile.out[i] = 0.0f;
 
   const T* k = row(static_cast<const T*>(call.k), call.k_strides, g, 0);
   const T* v = row(static_cast<const T*>(call.v), call.v_strides, g, 0);
   Piece piece;
   while ((piece.keys = walk.take(piece.token)) > 0) {
     find_rows(tile, piece, k, call.k_strides[2], v, call.v_strides[2]);
+    for (int i = 0; i < kStripRows; ++i) piece.k[piece.keys + i] = piece.k[piece.keys - 1];
     float old_max[kPitch];
     memcpy(old_max, tile.max, sizeof old_max);
     score_piece(tile, piece);
@@ -346,8 +377,7 @@ void attend(const SparseAttention& call, const QueryTile& where, float* scratch)
 }  // namespace
 
 int64_t sparse_attention_scratch(const SparseAttention& call) {
-  Tile tile;
-  return carve(call, nullptr, tile);
+  return (2 * call.head_dim + kPiece + 3) * kPitch + (call.bf16 ? 2 * kPiece * call.head_dim : 0);
 }
 
 void sparse_attention_tile(const SparseAttention& call, const QueryTile& tile, float* scratch) {

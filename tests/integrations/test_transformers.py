@@ -1,6 +1,8 @@
 """The attention implementation "scrimp_sparse" on tiny models of several families."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.masking_utils import chunked_causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
-from scrimp import HeadPatterns
+from scrimp import HeadPatterns, SparsePlan
 from scrimp.integrations import transformers as integration
 from scrimp.methods.attention_cost import AttentionCost
 
@@ -63,13 +66,13 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> list[AttentionCost]:
     return current
 
 
-def logits(model: PreTrainedModel, implementation: str, **inputs: Tensor) -> Tensor:
+def logits(model: PreTrainedModel, implementation: str, **inputs: Any) -> Tensor:
     model.set_attn_implementation(implementation)
     with torch.no_grad():
         return model(**inputs).logits
 
 
-def plans_seen(model: PreTrainedModel, **inputs: Tensor) -> list[int]:
+def plans_seen(model: PreTrainedModel, **inputs: Any) -> list[int]:
     seen: list[int] = []
     with integration.watch_plans(model, lambda layer, plan: seen.append(layer)):
         logits(model, integration.NAME, **inputs)
@@ -83,7 +86,7 @@ def test_dense_budgets_equal_sdpa(family: str, B: int, cost: list[AttentionCost]
     integration.configure(model, DENSE)
     expected = logits(model, "sdpa", input_ids=ids)
     torch.testing.assert_close(logits(model, integration.NAME, input_ids=ids), expected, atol=2e-5, rtol=2e-5)
-    assert plans_seen(model, input_ids=ids) == ([] if family == "mistral" else [0, 1])  # windows stay with sdpa
+    assert plans_seen(model, input_ids=ids) == [0, 1]
 
 
 def test_narrow_budgets_change_the_result_and_are_seen(cost: list[AttentionCost]) -> None:
@@ -112,6 +115,74 @@ def test_left_padding_is_respected(cost: list[AttentionCost]) -> None:
     torch.testing.assert_close(batch[1:, 37:], alone, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(batch[:1], logits(model, integration.NAME, input_ids=ids[:1]), atol=2e-5, rtol=2e-5)
     assert plans_seen(model, input_ids=ids, attention_mask=mask, position_ids=positions) == [0, 0, 1, 1]
+
+
+def windowed_layers() -> PreTrainedModel:
+    """A Qwen 2 whose first layer sees everything and whose second has a window."""
+    torch.manual_seed(1)
+    return Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=50, max_window_layers=1)
+    ).eval()
+
+
+def test_sliding_windows_are_exact(cost: list[AttentionCost]) -> None:
+    """Budgets do not touch a layer with a window: it sees all of it, and nothing else."""
+    model, ids = tiny("mistral"), tokens(2, 300)
+    integration.configure(model, NARROW)
+    plans: list[SparsePlan] = []
+    with integration.watch_plans(model, lambda layer, plan: plans.append(plan)):
+        got = logits(model, integration.NAME, input_ids=ids)
+    torch.testing.assert_close(got, logits(model, "sdpa", input_ids=ids), atol=2e-5, rtol=2e-5)
+    assert [plan.same_pairs(SparsePlan.sliding_window(300, 40)) for plan in plans] == [True, True]
+
+
+def test_windows_of_some_layers_and_left_padding(cost: list[AttentionCost]) -> None:
+    model, ids = windowed_layers(), tokens(2, 200)
+    integration.configure(model, DENSE)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    got, expected = logits(model, integration.NAME, **inputs), logits(model, "sdpa", **inputs)
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=2e-5)
+    assert plans_seen(model, **inputs) == [0, 0, 1]  # padded sequences one by one, windows in one call
+    cost[0] = NEVER
+    integration.configure(model, DENSE)
+    assert plans_seen(model, **inputs) == []
+    got = logits(model, integration.NAME, **inputs)
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("model", [lambda: tiny("mistral"), windowed_layers])
+def test_windows_in_chunks_and_decoding(model: Callable[[], PreTrainedModel], cost: list[AttentionCost]) -> None:
+    model, ids = model(), tokens(1, 400)
+    integration.configure(model, DENSE)
+    expected = logits(model, "sdpa", input_ids=ids)
+    model.set_attn_implementation(integration.NAME)
+    seen: list[tuple[int, int]] = []
+    with torch.no_grad(), integration.watch_plans(model, lambda layer, plan: seen.append((plan.n_q, plan.n_k))):
+        first = model(input_ids=ids[:, :200], use_cache=True)
+        second = model(input_ids=ids[:, 200:390], past_key_values=first.past_key_values)
+        steps = [model(input_ids=ids[:, i : i + 1], past_key_values=first.past_key_values) for i in range(390, 400)]
+    assert len(seen) == 4
+    assert {n_q for n_q, _ in seen} == {200, 190}
+    got = torch.cat([part.logits for part in (first, second, *steps)], 1)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_windows_with_more_than_a_window_fall_through_to_sdpa(cost: list[AttentionCost]) -> None:
+    """Packed sequences (position ids that start over) and chunked masks are not taken for windows."""
+    model, ids = tiny("mistral"), tokens(1, 200)
+    integration.configure(model, DENSE)
+    positions = torch.cat([torch.arange(90), torch.arange(110)])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    assert plans_seen(model, **inputs) == []
+    got, expected = logits(model, integration.NAME, **inputs), logits(model, "sdpa", **inputs)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+    sizes = {"batch_size": 1, "q_length": 200, "kv_length": 200, "local_size": 50}
+    for function in (chunked_causal_mask_function(50, torch.zeros(1).int()), sliding_window_causal_mask_function(49)):
+        mask = integration.sparse_attention_mask(**sizes, mask_function=function)
+        assert mask is not None
+        assert torch.equal(mask, sdpa_mask(**sizes, mask_function=function))
 
 
 @pytest.mark.parametrize("padded", ["right", "middle", "short"])

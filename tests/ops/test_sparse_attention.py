@@ -1,5 +1,7 @@
 """sparse_attention against its reference, masked dense attention and its contract."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,7 +35,7 @@ def inputs(
 
 def flat(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | None = None) -> tuple[object, ...]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tensors = (plan.ranges, plan.range_slice, plan.columns, plan.column_slice)
+    tensors = (plan.ranges, plan.range_slice, plan.columns, plan.column_slice, plan.row_start)
     return (q, k, v, *tensors, plan.q_block, plan.q_offset, plan.causal, scale)
 
 
@@ -50,7 +52,8 @@ def plans(n: int) -> dict[str, SparsePlan]:
             n, columns=[sorted({0, n // 3, n // 2}), [n - 1], []], diagonals=[[0, min(7, n - 1), n // 2], [0], [n // 3]]
         ),
         "blocks": SparsePlan.from_block_mask(blocks, q_block=64, k_block=32, n_q=n, n_k=n),
-        "documents": SparsePlan.from_documents([n // 32 * 16, n - n // 32 * 16], q_block=16),
+        "documents": SparsePlan.from_documents([n // 3, n - n // 3]),
+        "padded": SparsePlan.dense(n).with_padding([n // 2]),
         "nothing": SparsePlan.from_block_mask(torch.zeros_like(blocks), q_block=64, k_block=32, n_q=n, n_k=n),
     }
 
@@ -193,6 +196,71 @@ def test_any_mask(data: st.DataObject) -> None:
     torch.testing.assert_close(lse.double(), exact_lse, atol=5e-6, rtol=5e-6)
 
 
+def windows(n_q: int, n_k: int, window: int) -> Tensor:
+    """The definition: bool `[n_q, n_k]`, key j at most window - 1 before query i's own."""
+    behind = torch.arange(n_q)[:, None] + n_k - n_q - torch.arange(n_k)
+    return (behind >= 0) & (behind < window)
+
+
+def matches(name: str, plan: SparsePlan, mask: Tensor, *tensors: Tensor) -> None:
+    """The implementation against its reference, and the reference against dense attention under `mask`."""
+    args = flat(*tensors, plan)
+    assert_matches_oracle(IMPLEMENTATIONS[name](*args), OP.reference, *args, names=NAMES)
+    exact = OP.reference(*flat(*(t.double() for t in tensors), plan))
+    for part, whole in zip(exact, masked_dense(*tensors, mask), strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [1, 40, 100])
+@pytest.mark.parametrize(("n_q", "n_k", "q_block"), [(200, 200, 64), (130, 300, 128), (90, 500, 16), (70, 300, 100)])
+def test_windows(name: str, window: int, n_q: int, n_k: int, q_block: int) -> None:
+    plan = SparsePlan.sliding_window(n_q, window, n_k=n_k, q_block=q_block)
+    matches(name, plan, windows(n_q, n_k, window), *inputs(n_q, n_k, B=2, H=4, G=2))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents(name: str, dtype: torch.dtype, causal: bool) -> None:
+    ids = torch.arange(6).repeat_interleave(torch.tensor([1, 200, 63, 2, 130, 64]))
+    mask = ids[:, None] == ids
+    plan = SparsePlan.from_documents(ids=ids, causal=causal, q_block=128)
+    matches(name, plan, mask.tril() if causal else mask, *inputs(460, H=2, D=24, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("q_offset", [-40, 0, 200])
+def test_row_start_of_each_sequence(name: str, causal: bool, q_offset: int) -> None:
+    """Any first keys, in no order, over ranges and columns; rows that see nothing give 0 and -inf."""
+    sizes = {"n_k": 330, "causal": causal, "q_offset": q_offset}
+    plan = SparsePlan.vertical_slash(170, [[3, 5, 100, 300, 329], [0]], bands=[[(0, 150)], [(0, 9)]], **sizes)
+    start = torch.randint(0, 331, (3, 170), dtype=torch.int32)
+    start[1] = start[1].sort().values
+    plan = dataclasses.replace(plan.expand(batch=3), row_start=start).validate()
+    matches(name, plan, plan.to_mask(), *inputs(170, 330, B=3, H=2))
+    shared = dataclasses.replace(plan.select(batch=[1]), row_start=start[1:2])
+    matches(name, shared, plan.to_mask()[1:2], *inputs(170, 330, B=3, H=2))
+    wide = dataclasses.replace(shared, row_start=start)
+    args = flat(*inputs(170, 330, B=3, H=2), wide)
+    assert_matches_oracle(IMPLEMENTATIONS[name](*args), OP.reference, *args, names=NAMES)
+
+
+@given(data=st.data())
+def test_any_row_start(data: st.DataObject) -> None:
+    n_q, n_k = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 400))
+    plan = SparsePlan.a_shape(n_q, 5, 200, n_k=n_k, q_block=data.draw(st.sampled_from([16, 48, 64, 128])))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    spread, least = data.draw(st.sampled_from([1, 30, n_k + 1])), torch.randint(0, n_k + 1, (1, 1))
+    start = (least + torch.randint(0, spread, (1, n_q))).clamp(max=n_k).int()
+    plan = dataclasses.replace(plan, row_start=start).validate()
+    q, k, v = inputs(n_q, n_k, H=2, D=8)
+    got = scrimp.ops.sparse_attention(q, k, v, plan)
+    for part, whole in zip(got, masked_dense(q, k, v, plan.to_mask()), strict=True):
+        torch.testing.assert_close(part.double(), whole, atol=5e-6, rtol=5e-6)
+
+
 def test_output_memory_is_batch_token_head() -> None:
     out, lse = scrimp.ops.sparse_attention(*inputs(20), SparsePlan.dense(20))
     assert out.transpose(1, 2).is_contiguous()
@@ -211,6 +279,7 @@ def test_split_prefix_and_tail_merge_to_the_whole() -> None:
 def test_opcheck() -> None:
     opcheck(OP.call, flat(*inputs(40), plans(40)["vertical_slash"]))
     opcheck(OP.call, flat(*inputs(30, 45, dtype=torch.bfloat16), SparsePlan.dense(30, 45)))
+    opcheck(OP.call, flat(*inputs(40), SparsePlan.sliding_window(40, 9)))
 
 
 def test_compiles_and_exports_as_one_node() -> None:
@@ -232,7 +301,10 @@ def test_compiles_and_exports_as_one_node() -> None:
 Q, K, V = inputs(100, H=4, G=2)
 PLAN = SparsePlan.vertical_slash(100, columns=[[3, 50]], diagonals=[[0, 30]])
 GOOD = flat(Q, K, V, PLAN)
-FIELDS = ("q", "k", "v", "ranges", "range_slice", "columns", "column_slice", "q_block", "q_offset", "causal", "scale")
+FIELDS = (
+    *("q", "k", "v", "ranges", "range_slice", "columns", "column_slice", "row_start"),
+    *("q_block", "q_offset", "causal", "scale"),
+)
 
 
 def change(**changes: object) -> tuple[object, ...]:
@@ -270,6 +342,14 @@ BAD_SHAPES = {
     "plan of other heads": (change(columns=torch.zeros(1, 3, 5).int()), r"columns has shape \[1, 3, 5\]"),
     "int64 indices": (change(ranges=GOOD[3].long()), "ranges is int64; it must be int32"),  # type: ignore[attr-defined]
     "ranges without pairs": (change(ranges=torch.zeros(1, 1, 4, 3).int()), r"ranges has shape \[1, 1, 4, 3\]"),
+    "int64 row_start": (change(row_start=torch.zeros(1, 100).long()), "row_start is int64; it must be int32"),
+    "row_start of heads": (
+        change(row_start=torch.zeros(1, 4, 100).int()),
+        r"row_start has shape \[1, 4, 100\], expected",
+    ),
+    "row_start of another batch": (change(row_start=torch.zeros(2, 100).int()), r"expected \[1 or 1, 100\]"),
+    "row_start of other rows": (change(row_start=torch.zeros(1, 99).int()), r"row_start has shape \[1, 99\]"),
+    "row_start elsewhere": (change(row_start=torch.zeros(1, 100).int().to("meta")), "device of row_start is meta"),
 }
 BAD_INDICES = {
     "range past the keys": (with_ranges([[0, 101]]), r"range \[0, 101\)"),
@@ -285,6 +365,11 @@ BAD_INDICES = {
     "unsorted columns": (with_columns([5, 3]), r"column 3"),
     "repeated column": (with_columns([5, 5]), r"column 5"),
     "column slice outside": (with_columns([5], count=9), r"9"),
+    "negative row_start": (
+        change(row_start=torch.arange(-1, 99).int()[None]),
+        r"row_start -1 is outside \[0, n_k=100\]",
+    ),
+    "row_start past the keys": (change(row_start=torch.arange(2, 102).int()[None]), r"row_start 101 is outside"),
     "huge slice": (with_columns([5], count=2**31 - 1, first=2**31 - 1), r"2147483647"),
 }
 

@@ -6,6 +6,7 @@
     model.set_attn_implementation("scrimp_sparse")
 
 Decoding, short prompts and layers where sparse attention would lose by the measured cost model run as "sdpa" does.
+Layers with a sliding window see exactly their window, whatever their heads' budgets are.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
+from .. import ops
 from ..methods.attention_cost import AttentionCost
 from ..methods.head_patterns import HeadPatterns
 from ..methods.sparse_attention import sparse_prefill
@@ -41,7 +50,7 @@ class _Layer:
     index: int
     patterns: HeadPatterns
     observers: list[PlanObserver]
-    choices: dict[tuple[int, int, torch.dtype, int], str] = field(default_factory=dict)
+    choices: dict[tuple[int, int, torch.dtype, int, bool], str] = field(default_factory=dict)
 
 
 def register() -> None:
@@ -116,16 +125,24 @@ def sparse_attention_mask(
 ) -> Tensor | None:
     """The mask of a forward pass: None if purely causal, bool `[B, kv_length]` if causal with left padding.
 
-    Everything else (short inputs, windows, packed sequences, static caches) gets the 4-D mask of "sdpa".
+    A sliding window, with left padding or without, is int32 `[B, q_length]`: the first key of each row.
+    Everything else (short inputs, packed sequences, static caches) gets the 4-D mask of "sdpa".
     """
-    plain = mask_function is causal_mask_function and kv_offset == 0 and q_offset + q_length == kv_length
-    if plain and q_length >= SHORTEST:
+    window = kwargs.get("local_size")
+    if window is not None and not _same(mask_function, sliding_window_causal_mask_function(window)):
+        window = None
+    causal = window is not None or (mask_function is causal_mask_function and kv_offset == 0)
+    if causal and q_offset + q_length == kv_offset + kv_length and q_length >= SHORTEST:
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        if padding is None or bool(padding.all()):
-            return None if q_length == kv_length else torch.ones(batch_size, kv_length, dtype=torch.bool)
-        padding = padding[:, :kv_length].bool()
-        if bool((padding[:, 1:] >= padding[:, :-1]).all()):  # zeros, then ones
-            return padding
+        if padding is None:
+            padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+        padding = padding[:, kv_offset : kv_offset + kv_length].bool()
+        left = bool((padding[:, 1:] >= padding[:, :-1]).all())  # zeros, then ones
+        if left and window is not None:
+            row = torch.arange(kv_length - q_length, kv_length, device=padding.device)
+            return torch.maximum((row + 1 - window).clamp(min=0), padding.int().argmax(1, keepdim=True)).int()
+        if left:
+            return None if q_length == kv_length and bool(padding.all()) else padding
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -136,6 +153,16 @@ def sparse_attention_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two mask functions are the same code over the same numbers."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
+        closures = (tuple(cell.cell_contents for cell in f.__closure__ or ()) for f in (one, other))
+        return one.__code__ is other.__code__ and _same(*closures)
+    return isinstance(one, int) and isinstance(other, int) and one == other
 
 
 def sparse_attention_forward(
@@ -152,16 +179,24 @@ def sparse_attention_forward(
     """Attention of one layer: query `[B, H, n_q, D]`, key and value `[B, G, n_k, D]` -> `[B, n_q, H, D]`."""
     layer = _layer(module)
     n_q, n_k = query.shape[2], key.shape[2]
-    starts = _padding_starts(attention_mask)
+    row_start = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
+    starts = _padding_starts(attention_mask) if row_start is None else None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    prefill = n_q >= SHORTEST and causal and (n_q == n_k if attention_mask is None else starts is not None)
+    prefill = n_q >= SHORTEST and causal and (n_q == n_k if attention_mask is None else attention_mask.dim() == 2)
     plain = dropout == 0.0 and not kwargs.get("softcap") and kwargs.get("position_bias") is None
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if layer is not None and prefill and plain and not needs_grad and _pays(layer, query, key):
-        out = sparse_prefill(query, key, value, layer.patterns, layer.index, scaling, starts, layer.observers)
+    if layer is not None and prefill and plain and not needs_grad and _pays(layer, query, key, row_start):
+        if row_start is None:
+            out = sparse_prefill(query, key, value, layer.patterns, layer.index, scaling, starts, layer.observers)
+        else:
+            plan = SparsePlan.dense(n_q, n_k, device=query.device).expand(batch=len(row_start))
+            plan = replace(plan, row_start=row_start)
+            for observe in layer.observers:
+                observe(layer.index, plan)
+            out = ops.sparse_attention(query, key, value, plan, scaling)[0]
         return out.transpose(1, 2).contiguous(), None
-    if starts is not None:
-        attention_mask = _causal_mask(attention_mask, n_q)  # type: ignore[arg-type]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = _causal_mask(attention_mask, n_q, n_k)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
     )
@@ -174,18 +209,21 @@ def _padding_starts(mask: Tensor | None) -> list[int] | None:
     return mask.int().argmax(1).tolist()
 
 
-def _causal_mask(padding: Tensor, n_q: int) -> Tensor:
-    """The 4-D form of a padding mask: bool `[B, 1, n_q, n_k]`."""
-    n_k = padding.shape[1]
-    key = torch.arange(n_k, device=padding.device)
-    return padding[:, None, None, :] & (key <= (key[-n_q:])[:, None])
+def _causal_mask(mask: Tensor, n_q: int, n_k: int) -> Tensor:
+    """The 4-D form of a 2-D mask of `sparse_attention_mask`: bool `[B, 1, n_q, n_k]`."""
+    key = torch.arange(n_k, device=mask.device)
+    seen = mask[:, None, None, :] if mask.dtype == torch.bool else key >= mask[:, None, :, None]
+    return seen & (key <= key[n_k - n_q :, None])
 
 
-def _pays(layer: _Layer, query: Tensor, key: Tensor) -> bool:
-    shape = (query.shape[2], key.shape[2], query.dtype, torch.get_num_threads())
+def _pays(layer: _Layer, query: Tensor, key: Tensor, row_start: Tensor | None) -> bool:
+    shape = (query.shape[2], key.shape[2], query.dtype, torch.get_num_threads(), row_start is not None)
     if shape not in layer.choices:
         cost = AttentionCost.measured(query.shape[3], query.dtype, query.device.type, torch.get_num_threads())
         sparse, dense = cost.predict(layer.patterns, layer.index, *shape[:2])
+        if row_start is not None:
+            seen = torch.arange(shape[1] - shape[0], shape[1], device=key.device) + 1 - row_start
+            sparse = cost.ranges * query.shape[1] * shape[0] * float(seen.clamp(min=0).float().mean() + 64)
         verdict = "sparse" if sparse < dense else "sdpa"
         layer.choices[shape] = f"{verdict} (predicted {1e3 * sparse:.2f} ms sparse, {1e3 * dense:.2f} ms sdpa)"
         _log.info("layer %d, %d queries, %d keys: %s", layer.index, *shape[:2], layer.choices[shape])

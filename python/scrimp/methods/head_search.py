@@ -29,7 +29,7 @@ COLUMNS = (0, 32, 64, 128, 256, 512, 1024, 2048)
 COLUMN_COST = 1.2
 SINKS, SEGMENT, SAMPLES, Q_BLOCK = 16, 512, 16, 64
 DENSE_WINDOW = 1 << 30
-BUDGETS: Mapping[str, float] = {"balanced": 0.14, "fast": 0.11, "careful": 0.25}
+BUDGETS: Mapping[str, float] = {"balanced": 0.16, "fast": 0.11, "careful": 0.25}
 
 
 def search_heads(

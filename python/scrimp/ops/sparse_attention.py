@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor ranges, Tensor range_slice, Tensor columns, Tensor column_slice, "
-    "int q_block, int q_offset, bool causal, float scale) -> (Tensor, Tensor)"
+    "Tensor? row_start, int q_block, int q_offset, bool causal, float scale) -> (Tensor, Tensor)"
 )
 
 
@@ -28,6 +28,7 @@ def _check(
     range_slice: Tensor,
     columns: Tensor,
     column_slice: Tensor,
+    row_start: Tensor | None,
     q_block: int,
     q_offset: int,
     causal: bool,
@@ -45,7 +46,8 @@ def _check(
         "columns": columns,
         "column_slice": column_slice,
     }
-    check_same(op, "device", q=q.device, k=k.device, v=v.device, **{n: t.device for n, t in plan.items()})
+    tensors = plan if row_start is None else plan | {"row_start": row_start}
+    check_same(op, "device", q=q.device, k=k.device, v=v.device, **{n: t.device for n, t in tensors.items()})
     check_same(op, "shape", k=tuple(k.shape), v=tuple(v.shape))
     B, H, n_q, D = q.shape
     G = k.shape[1]
@@ -72,6 +74,10 @@ def _check(
                 f"{op}: {name} has shape {list(tensor.shape)}, expected [1 or {B}, 1 or {H}, {wanted}] for "
                 f"{n_q} queries in tiles of {q_block}"
             )
+    if row_start is not None:
+        check_dtype(op, "row_start", row_start, (torch.int32,))
+        if row_start.dim() != 2 or row_start.shape[0] not in (1, B) or row_start.shape[1] != n_q:
+            raise ValueError(f"{op}: row_start has shape {list(row_start.shape)}, expected [1 or {B}, {n_q}]")
 
 
 def _fake(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
@@ -111,18 +117,21 @@ def reference(
     range_slice: Tensor,
     columns: Tensor,
     column_slice: Tensor,
+    row_start: Tensor | None,
     q_block: int,
     q_offset: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, ranges, range_slice, columns, column_slice, q_block, q_offset, causal, scale)
+    _check(q, k, v, ranges, range_slice, columns, column_slice, row_start, q_block, q_offset, causal, scale)
     (_, H, n_q, _), (G, n_k) = q.shape, k.shape[1:3]
     seen = plan_mask(ranges, range_slice, columns, column_slice, n_k)
     seen = seen.repeat_interleave(q_block, 2)[:, :, :n_q]
+    query, key = torch.arange(n_q, device=q.device), torch.arange(n_k, device=q.device)
     if causal:
-        query, key = torch.arange(n_q, device=q.device), torch.arange(n_k, device=q.device)
         seen = seen & (key <= query[:, None] + q_offset)
+    if row_start is not None:
+        seen = seen & (key >= row_start[:, None, :, None])
     repeats = H // G if G else 1
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (scale * (q @ k.transpose(2, 3))).masked_fill(~seen, -torch.inf)
@@ -156,7 +165,7 @@ def sparse_attention(
 
     Raises:
         ValueError: a rank, shape, device, dtype or scale that does not fit, or a plan for another shape.
-        RuntimeError: indices of a hand-made plan that leave its buffers or the keys.
+        RuntimeError: indices or row starts of a hand-made plan that leave its buffers or the keys.
 
     Source: MInference 1.0 (2407.02490), section 3; FlashAttention-2 (2307.08691), section 3.1.
 
@@ -174,7 +183,7 @@ def sparse_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (
-        *(q, k, v, plan.ranges, plan.range_slice, plan.columns, plan.column_slice),
+        *(q, k, v, plan.ranges, plan.range_slice, plan.columns, plan.column_slice, plan.row_start),
         *(plan.q_block, plan.q_offset, plan.causal, scale),
     )
     _check(*args)

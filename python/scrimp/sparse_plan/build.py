@@ -262,12 +262,15 @@ def common_heads(**tables: Tensor) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def drop_front(slices: Tensor, dropped: Tensor) -> Tensor:
-    """Slices [B, H, T, 2] without their leading entries where bool `dropped` [B, H, N] is set."""
-    first, count = slices.long().unbind(-1)
-    total = torch.nn.functional.pad(dropped.cumsum(-1), (1, 0))
-    lost = total.gather(-1, first + count) - total.gather(-1, first)
-    return torch.stack([first + lost, count - lost], -1).to(torch.int32)
+def rows_from(geo: Geometry, begin: Tensor, stop: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Row i sees [begin[b, i], stop[b, t]); begin int64 [B, n_q] never falls -> (ranges (counts, values), row_start).
+
+    A tile's range starts where its first row does; row_start is None if that is where all its rows do.
+    """
+    start = begin[:, geo.bounds()[0]]
+    ranges = pack(start[:, None, :, None], stop[:, None, :, None].expand(len(begin), 1, -1, 1))
+    alike = begin == start[:, torch.arange(geo.n_q, device=geo.device) // geo.q_block]
+    return ranges, None if bool(alike.all()) else begin.to(torch.int32)
 
 
 def sink_window_last(geo: Geometry, sinks: Tensor, windows: Tensor, lasts: Tensor) -> tuple[Tensor, Tensor]:

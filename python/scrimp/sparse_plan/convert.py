@@ -21,8 +21,8 @@ MINFERENCE_NAMES = ("block_count", "block_offset", "column_count", "column_index
 Entries = tuple[Tensor, Tensor]
 
 
-def mask_to_keys(mask: Tensor, geo: Geometry) -> Tensor:
-    """bool [B, H, n_q, n_k] -> the keys bool [B, H, T, n_k] of each tile, or ValueError."""
+def mask_to_keys(mask: Tensor, geo: Geometry) -> tuple[Tensor, Tensor | None]:
+    """bool [B, H, n_q, n_k] -> keys bool [B, H, T, n_k] of each tile and the row_start they need, or ValueError."""
     batch, heads = mask.shape[:2]
     spare = geo.tiles * geo.q_block - geo.n_q
     rows = torch.nn.functional.pad(mask, (0, 0, 0, spare))
@@ -31,11 +31,14 @@ def mask_to_keys(mask: Tensor, geo: Geometry) -> Tensor:
     wanted = keys[:, :, rows // geo.q_block]
     if geo.causal:
         wanted &= torch.arange(geo.n_k, device=mask.device) <= rows[:, None] + geo.q_offset
-    bad = wanted != mask
+    if torch.equal(wanted, mask):
+        return keys, None
+    seen = mask.any(1).cummax(-1).values  # from the first key of each row on, whichever head sees it
+    bad = (wanted & seen[:, None]) != mask
     if bool(bad.any()):
         b, h, i, j = bad.nonzero()[0].tolist()
         raise ValueError(f"SparsePlan: mask[{b}, {h}]: " + _row_fault(geo, bool(mask[b, h, i, j]), i, j))
-    return keys
+    return keys, (~seen).sum(-1, dtype=torch.int32)
 
 
 def _row_fault(geo: Geometry, seen: bool, i: int, j: int) -> str:
@@ -46,7 +49,8 @@ def _row_fault(geo: Geometry, seen: bool, i: int, j: int) -> str:
         )
     return (
         f"query {i} does not see key {j}, but another row of tile {i // geo.q_block} does; rows of a tile may "
-        f"differ by causality only: use a smaller q_block than {geo.q_block} (1 always works)"
+        "differ by causality only (and by their first key if that is alike in all heads of a mask): "
+        f"use a smaller q_block than {geo.q_block} (1 always works)"
     )
 
 
@@ -64,21 +68,25 @@ def keys_to_entries(keys: Tensor, min_run: int) -> tuple[Entries, Entries]:
 
 
 def block_map(plan: SparsePlan, k_block: int, what: str) -> Tensor:
-    """bool [B, H, T, ceil(n_k / k_block)], or ValueError where a tile sees part of a block."""
+    """bool [B, H, T, ceil(n_k / k_block)], or ValueError where a tile sees part of a block.
+
+    Keys that causality or row_start hides from the whole tile do not matter.
+    """
     k_block = build.check_int("k_block", k_block, 1)
     blocks = -(-plan.n_k // k_block)
     batch, heads = plan.ranges.shape[:2]
     position = torch.arange(blocks * k_block, device=plan.ranges.device)
     limit = plan.geometry.limit()
+    low = measure.starts_of_tiles(plan)[0]
     step = max(1, 2**26 // max(1, batch * heads * plan.n_k))
     parts = [limit.new_zeros((batch, heads, 0, blocks), dtype=torch.bool)]
     for begin in range(0, plan.tiles, step):
         end = min(plan.tiles, begin + step)
-        visible = position < limit[begin:end, None]
+        visible = ((position < limit[begin:end, None]) & (position >= low[:, begin:end, None]))[:, None]
         keys = measure.tile_keys(plan, begin, end)
         keys = torch.nn.functional.pad(keys, (0, blocks * k_block - plan.n_k)) & visible
         seen = keys.view(batch, heads, end - begin, blocks, k_block).sum(-1)
-        partly = (seen > 0) & (seen < visible.view(end - begin, blocks, k_block).sum(-1))
+        partly = (seen > 0) & (seen < visible.view(len(low), 1, end - begin, blocks, k_block).sum(-1))
         if bool(partly.any()):
             b, h, t, k = partly.nonzero()[0].tolist()
             raise ValueError(
@@ -98,13 +106,17 @@ def to_flex_block_mask(plan: SparsePlan, k_block: int, eager: bool) -> BlockMask
     whole = (block_end <= plan.n_k) & (end - first == plan.q_block)[:, None]
     if plan.causal:
         whole &= block_end <= (first + plan.q_offset + 1)[:, None]
+    whole = whole & (block_end - k_block >= measure.starts_of_tiles(plan)[1][:, None, :, None])
     batch, heads = blocks.shape[:2]
     offset, causal, q_block = plan.q_offset, plan.causal, plan.q_block
+    row_start = None if plan.row_start is None else plan.row_start.expand(batch, -1)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = k <= q + offset if causal else k >= 0
+        b, h = b if batch > 1 else b * 0, h if heads > 1 else h * 0
+        if row_start is not None:
+            seen = seen & (k >= row_start[b, q])
         if eager:
-            b, h = b if batch > 1 else b * 0, h if heads > 1 else h * 0
             seen = seen & blocks[b, h, q // q_block, k // k_block]
         return seen
 
@@ -179,7 +191,7 @@ def _scattered(count: Tensor, index: Tensor, tiles: int, blocks: int) -> Tensor:
 
 
 def to_bsr(plan: SparsePlan, k_block: int) -> tuple[Tensor, Tensor]:
-    blocks = block_map(plan, k_block, "to_bsr")
+    blocks = block_map(measure.without_row_start(plan, "to_bsr"), k_block, "to_bsr")
     counts = blocks.sum(-1)
     crow = torch.nn.functional.pad(counts.cumsum(-1), (1, 0)).to(torch.int32)
     return crow, build.csr(counts, blocks.nonzero()[:, -1])[0]
@@ -256,6 +268,7 @@ def to_minference(plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             f"{op}: needs a causal plan with n_q == n_k, q_offset=0 and q_block={MINFERENCE_BLOCK}, got "
             f"causal={plan.causal}, n_q={plan.n_q}, n_k={plan.n_k}, q_offset={plan.q_offset}, q_block={plan.q_block}"
         )
+    plan = measure.without_row_start(plan, "to_minference")
     shape, tiles = plan.range_slice.shape[:3], max(plan.tiles, 1)
     limit = plan.geometry.limit()
     start, stop = build.padded(plan.ranges, plan.range_slice).unbind(-1)

@@ -29,14 +29,57 @@ class PlanData:
     n_k: int
     q_offset: int
     causal: bool
+    row_start: Tensor | None = None
+
+    @classmethod
+    def from_tensors(
+        cls,
+        ranges: Tensor,
+        range_slice: Tensor,
+        columns: Tensor,
+        column_slice: Tensor,
+        row_start: Tensor | None = None,
+        *,
+        n_q: int,
+        n_k: int | None = None,
+        causal: bool = True,
+        q_offset: int | None = None,
+        q_block: int = 64,
+    ) -> Self:
+        """A plan of the user's own tensors (shapes in the class docstring), validated.
+
+        Raises: TypeError, ValueError as `validate`.
+
+        >>> r, s = torch.tensor([[[[0, 2]]]]).int(), torch.tensor([[[[0, 1]]]]).int()
+        >>> SparsePlan.from_tensors(r, s, r[..., 0, :0], s * 0, n_q=4).to_mask().sum().item()
+        7
+        """
+        geo = build.geometry(n_q, n_k, q_offset, causal, q_block, "cpu")
+        sizes = (geo.q_block, geo.n_q, geo.n_k, geo.q_offset, geo.causal)
+        return cls(ranges, range_slice, columns, column_slice, *sizes, row_start).validate()
+
+    @classmethod
+    def _of(
+        cls,
+        geo: Geometry,
+        ranges: tuple[Tensor, Tensor],
+        columns: tuple[Tensor, Tensor] | None = None,
+        row_start: Tensor | None = None,
+    ) -> Self:
+        """From (counts [B, H, T], values [E, 2]) of ranges and the (buffer, slices) of columns."""
+        buffer, slices = build.csr(*ranges)
+        if columns is None:
+            columns = buffer.new_zeros((*buffer.shape[:2], 0)), torch.zeros_like(slices)
+        return cls(buffer, slices, *columns, geo.q_block, geo.n_q, geo.n_k, geo.q_offset, geo.causal, row_start)
 
     @classmethod
     def cat(cls, plans: Sequence[Self], dim: Literal["heads", "batch"] = "heads") -> Self:
         """One plan of several: their heads (or their sequences) one after the other.
 
-        All must agree in n_q, n_k, q_offset, causal and q_block. A plan for one head stands for one.
+        All must agree in n_q, n_k, q_offset, causal and q_block; heads share one row_start, so plans joined along
+        heads must agree in it too. A plan for one head stands for one.
 
-        >>> SparsePlan.cat([SparsePlan.dense(256), SparsePlan.sliding_window(256, 32)]).heads
+        >>> SparsePlan.cat([SparsePlan.dense(256), SparsePlan.a_shape(256, 4, 32)]).heads
         2
         """
         if not plans:
@@ -59,7 +102,30 @@ class PlanData:
             range_slice=join([plan.range_slice for plan in plans]),
             columns=join([plan.columns for plan in plans]),
             column_slice=join([plan.column_slice for plan in plans]),
+            row_start=cls._join_row_starts(plans, dim),
         )
+
+    @staticmethod
+    def _join_row_starts(plans: Sequence[PlanData], dim: str) -> Tensor | None:
+        if all(plan.row_start is None for plan in plans):
+            return None
+        starts = [plan.row_starts().expand(plan.batch, -1) for plan in plans]
+        if dim == "batch":
+            return torch.cat(starts)
+        for index, start in enumerate(starts):
+            if not torch.equal(start, starts[0]):
+                b, i = (start != starts[0]).nonzero()[0].tolist()
+                raise ValueError(
+                    f"SparsePlan: cat along heads: row_start[{b}, {i}] is {int(start[b, i])} in plan {index} and "
+                    f"{int(starts[0][b, i])} in plan 0, but heads share it (a_shape with sink=0 is a window without it)"
+                )
+        return starts[0]
+
+    def row_starts(self) -> Tensor:
+        """`row_start`, or zeros int32 [1, n_q] where there is none."""
+        if self.row_start is not None:
+            return self.row_start
+        return torch.zeros(1, self.n_q, dtype=torch.int32, device=self.ranges.device)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return dataclasses.replace(
@@ -104,11 +170,14 @@ class PlanData:
             order = [build.check_int(word, item, 0, size - 1) for item in listed]
             at = torch.tensor(order, dtype=torch.int64, device=self.ranges.device)
             picked = picked._map(functools.partial(torch.index_select, dim=axis, index=at))
+            if word == "batch" and picked.row_start is not None and picked.row_start.shape[0] > 1:
+                picked = dataclasses.replace(picked, row_start=picked.row_start[at])
         return picked
 
     def to(self, device: torch.device | str) -> Self:
         """The plan with its tensors on `device`."""
-        return self._map(lambda x: x.to(device))
+        start = None if self.row_start is None else self.row_start.to(device)
+        return dataclasses.replace(self._map(lambda x: x.to(device)), row_start=start)
 
     def with_padding(self, starts: Sequence[int] | Tensor) -> Self:
         """Left padding: sequence b sees no key before starts[b], its first real token.
@@ -118,19 +187,9 @@ class PlanData:
         >>> SparsePlan.dense(4).with_padding([0, 3]).to_mask().sum((1, 2, 3)).tolist()
         [10, 1]
         """
-        pad = build.head_ints("starts", starts, self.ranges.device, self.n_k).view(-1, 1, 1)
+        pad = build.head_ints("starts", starts, self.ranges.device, self.n_k).view(-1, 1).int()
         wide = self.expand(batch=len(pad)) if len(pad) > 1 else self
-        if len(pad) not in (1, wide.batch):
-            raise ValueError(f"SparsePlan: {len(pad)} starts for a plan of {wide.batch} sequences")
-        stop_before = wide.ranges[..., 1] <= pad
-        cut = wide.ranges.clone()
-        cut[..., 0] = torch.where(stop_before, cut[..., 0], cut[..., 0].maximum(pad.int()))
-        return dataclasses.replace(
-            wide,
-            ranges=cut,
-            range_slice=build.drop_front(wide.range_slice, stop_before),
-            column_slice=build.drop_front(wide.column_slice, wide.columns < pad),
-        )
+        return dataclasses.replace(wide, row_start=wide.row_starts().maximum(pad))
 
     @property
     def batch(self) -> int:
@@ -158,7 +217,7 @@ class PlanData:
 
         Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or device, a slice outside its
         buffer, a range that is empty, out of [0, n_k], unsorted or overlapping, a column out of [0, n_k) or
-        not increasing. Each names the entry and its values.
+        not increasing, a row_start out of [0, n_k]. Each names the entry and its values.
         """
         measure.check_layout(self)
         measure.check_content(self)
@@ -167,8 +226,8 @@ class PlanData:
     def density(self, *, per_head: bool = False) -> float | Tensor:
         """Pairs (query, key) seen, over those the dense plan of this causality and offset sees.
 
-        Exact, in O(ranges log C), with no n x n tensor; float64 [B, H] if per_head, else their mean.
-        1.0 where the dense plan sees nothing.
+        Exact, with no n x n tensor, in O(ranges log C) (row_start: plus O(n_q log(ranges C)) a head); float64 [B, H]
+        if per_head, else their mean. 1.0 where the dense plan sees nothing.
 
         >>> SparsePlan.a_shape(4, sink=1, window=1, q_block=1).density()
         0.7
@@ -203,17 +262,18 @@ class PlanData:
         return measure.same_pairs(self, other)
 
     def bytes(self) -> int:
-        """Memory of the four tensors."""
-        tensors = (self.ranges, self.range_slice, self.columns, self.column_slice)
-        return sum(tensor.nbytes for tensor in tensors)
+        """Memory of the tensors."""
+        tensors = (self.ranges, self.range_slice, self.columns, self.column_slice, self.row_start)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def __repr__(self) -> str:
         offset = f", q_offset={self.q_offset}" if self.q_offset != self.n_k - self.n_q else ""
+        rows = "" if self.row_start is None else f", row_start={list(self.row_start.shape)}"
         where = "" if self.ranges.device.type == "cpu" else f", device={self.ranges.device}"
         return (
             f"SparsePlan(B={self.batch}, H={self.heads}, n_q={self.n_q}, n_k={self.n_k}{offset}, "
             f"{'causal' if self.causal else 'not causal'}, q_block={self.q_block}, "
-            f"ranges={self.ranges.shape[2]}, columns={self.columns.shape[2]}{where})"
+            f"ranges={self.ranges.shape[2]}, columns={self.columns.shape[2]}{rows}{where})"
         )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from .build import INT32_MAX, check_int, entries
+from .build import INT32_MAX, check_int, entries, merge, pack
 
 if TYPE_CHECKING:
     from .data import PlanData
+
+PlanT = TypeVar("PlanT", bound="PlanData")
 
 
 def check_layout(plan: PlanData) -> None:
@@ -49,6 +52,17 @@ def check_layout(plan: PlanData) -> None:
                 f"SparsePlan: {name} has shape {list(tensor.shape)}, but ranges are for "
                 f"B={plan.ranges.shape[0]}, H={plan.ranges.shape[1]}"
             )
+    start = plan.row_start
+    if start is None:
+        return
+    if not isinstance(start, Tensor) or start.dtype != torch.int32:
+        kind = str(start.dtype) if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f"SparsePlan: row_start must be None or an int32 tensor, got {kind}")
+    if start.device != plan.ranges.device:
+        raise ValueError(f"SparsePlan: row_start is on {start.device}, ranges on {plan.ranges.device}")
+    if start.dim() != 2 or start.shape[0] not in (1, plan.batch) or start.shape[1] != plan.n_q:
+        sizes = "1" if plan.batch == 1 else f"1 or {plan.batch}"
+        raise ValueError(f"SparsePlan: row_start has shape {list(start.shape)}, expected [{sizes}, n_q={plan.n_q}]")
 
 
 def check_content(plan: PlanData) -> None:
@@ -87,6 +101,11 @@ def check_content(plan: PlanData) -> None:
             f"{_column_text(plan, where)} is followed by {int(columns[b, h, entry + 1])}: "
             "columns of a tile must be strictly increasing"
         )
+    row_start = plan.row_starts()
+    outside = (row_start < 0) | (row_start > plan.n_k)
+    if bool(outside.any()):
+        b, i = outside.nonzero()[0].tolist()
+        raise ValueError(f"SparsePlan: row_start[{b}, {i}]={int(row_start[b, i])} is not inside [0, n_k={plan.n_k}]")
 
 
 def _first_fault(bad: Tensor, slices: Tensor, shorter: int) -> tuple[int, int, int, int] | None:
@@ -122,6 +141,8 @@ def tile_counts(plan: PlanData) -> tuple[Tensor, Tensor]:
     A range counts as the difference of two triangular sums; the columns inside it are taken off by
     binary search, so nothing of size n x n or T x C is made.
     """
+    if plan.row_start is not None:
+        return _row_counts(plan)
     shape = plan.range_slice.shape[:3]
     rows, reach = (x.repeat(shape[0] * shape[1]) for x in _rows_and_reach(plan))
     tile, entry = entries(plan.range_slice, plan.ranges.shape[2])
@@ -136,6 +157,51 @@ def tile_counts(plan: PlanData) -> tuple[Tensor, Tensor]:
         start, stop = (in_range - in_columns[len(whole) :]).view(2, -1)
         counts.append(in_columns[: len(whole)].index_add(0, tile, stop - start).view(shape))
     return counts[0], counts[1]
+
+
+def _row_counts(plan: PlanData) -> tuple[Tensor, Tensor]:
+    """`tile_counts` with row_start: row i counts the keys of its tile in [row_start[i], its causal limit)."""
+    row = torch.arange(plan.n_q, device=plan.ranges.device)
+    limit = (row + plan.q_offset + 1).clamp(0, plan.n_k) if plan.causal else torch.full_like(row, plan.n_k)
+    both = _by_tile(plan, plan.row_starts().long(), plan.n_k), _by_tile(plan, limit[None], 0)
+    start, limit = (x[:, None].expand(plan.batch, plan.heads, -1, -1) for x in both)
+    return _keys_inside(plan, *pack(start, limit)), _keys_inside(plan, *merge(start, limit))
+
+
+def _by_tile(plan: PlanData, rows: Tensor, fill: int) -> Tensor:
+    """Values of rows [N, n_q] as [N, T, rows of a tile], with `fill` after the last row."""
+    block = min(plan.q_block, max(plan.n_q, 1))
+    rows = torch.nn.functional.pad(rows, (0, plan.tiles * block - plan.n_q), value=fill)
+    return rows.view(len(rows), plan.tiles, block)
+
+
+def _keys_inside(plan: PlanData, counts: Tensor, ends: Tensor) -> Tensor:
+    """Keys of each tile in its intervals `ends` [E, 2], counts [B, H, T] of them a tile: int64 [B, H, T]."""
+    tile = torch.arange(counts.numel(), device=ends.device).repeat_interleave(counts.flatten())
+    start, stop = ends.unbind(-1)
+    inside = _keys_below(plan, tile, stop) - _keys_below(plan, tile, start)
+    return torch.zeros_like(counts).flatten().index_add(0, tile, inside).view(counts.shape)
+
+
+def _keys_below(plan: PlanData, tile: Tensor, at: Tensor) -> Tensor:
+    """Distinct keys of each tile less than `at`; all int64 [E]."""
+    count = plan.range_slice[..., 1].long().flatten()
+    first = count.cumsum(0) - count
+    owner, entry = entries(plan.range_slice, plan.ranges.shape[2])
+    start, stop = plan.ranges.reshape(-1, 2)[entry].long().unbind(-1)
+    rows, reach = torch.ones_like(count), torch.full_like(count, plan.n_k)
+
+    def columns(tile: Tensor, at: Tensor) -> Tensor:
+        return _columns_below(plan, tile, at, rows, reach)[1]
+
+    # Keys of the ranges that start below `at` and are no columns, less the end of the last one past `at`.
+    length = stop - start - columns(owner, stop) + columns(owner, start)
+    total = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+    next_range = _lower_bound(start, first[tile], count[tile], at)
+    last = torch.nn.functional.pad(stop, (1, 0))[next_range]
+    last = torch.where(next_range > first[tile], last, 0).maximum(at)
+    past = last - at - columns(tile, last) + columns(tile, at)
+    return columns(tile, at) + total[next_range] - total[first[tile]] - past
 
 
 def dense_counts(plan: PlanData) -> tuple[Tensor, Tensor]:
@@ -208,9 +274,31 @@ def row_mask(plan: PlanData, begin: int, end: int) -> Tensor:
     first_tile = begin // plan.q_block
     keys = tile_keys(plan, first_tile, -(-end // plan.q_block))
     mask = keys[:, :, rows // plan.q_block - first_tile]
+    key = torch.arange(plan.n_k, device=rows.device)
     if plan.causal:
-        mask &= torch.arange(plan.n_k, device=rows.device) <= rows[:, None] + plan.q_offset
+        mask &= key <= rows[:, None] + plan.q_offset
+    if plan.row_start is not None:
+        mask &= key >= plan.row_start[:, None, begin:end, None]
     return mask
+
+
+def starts_of_tiles(plan: PlanData) -> tuple[Tensor, Tensor]:
+    """Smallest and largest row_start of each tile, int32 [B or 1, T]."""
+    start = plan.row_starts()
+    return _by_tile(plan, start, INT32_MAX).amin(-1), _by_tile(plan, start, 0).amax(-1)
+
+
+def without_row_start(plan: PlanT, what: str) -> PlanT:
+    """The same pairs without row_start, or ValueError if it hides a key that ranges or columns show."""
+    bare = dataclasses.replace(plan, row_start=None)
+    hidden = tile_counts(bare)[0] - tile_counts(plan)[0]
+    if bool(hidden.any()):
+        b, h, t = hidden.nonzero()[0].tolist()
+        raise ValueError(
+            f"SparsePlan: {what}: row_start hides {int(hidden[b, h, t])} pairs of [{b}, {h}] tile {t}, "
+            "which this format cannot say"
+        )
+    return bare
 
 
 def same_pairs(plan: PlanData, other: PlanData) -> bool:
@@ -220,7 +308,7 @@ def same_pairs(plan: PlanData, other: PlanData) -> bool:
     for mine, theirs in zip(plan.ranges.shape[:2], other.ranges.shape[:2], strict=True):
         if mine != theirs and 1 not in (mine, theirs):
             return False
-    by_tile = plan.geometry == other.geometry
+    by_tile = plan.geometry == other.geometry and plan.row_start is None and other.row_start is None
     heads = max(p.ranges.shape[0] * p.ranges.shape[1] for p in (plan, other))
     step = max(1, 2**26 // max(1, heads * plan.n_k))
     end = plan.range_slice.shape[2] if by_tile else plan.n_q

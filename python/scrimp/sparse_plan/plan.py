@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,55 +23,23 @@ class SparsePlan(PlanData):
     """For each (batch, head, tile of q_block queries): the keys that its queries may see.
 
     Row i of tile t sees key j iff (j is in one of the tile's ranges or columns) and
-    (not causal or j <= i + q_offset). A plan is a set: a key named twice counts once.
+    (not causal or j <= i + q_offset) and j >= row_start[i]. A plan is a set: a key named twice counts once.
 
     ranges        int32 [B|1, H|1, R, 2]  token ranges [start, stop), sorted and disjoint in a tile
     range_slice   int32 [B|1, H|1, T, 2]  (first, count) of each tile in ranges
     columns       int32 [B|1, H|1, C]     scattered keys, strictly increasing in a tile
     column_slice  int32 [B|1, H|1, T, 2]  (first, count) of each tile in columns
+    row_start     int32 [B|1, n_q]        first key of each row, in any order, alike in all heads; or None: 0
 
     T = ceil(n_q / q_block); R and C are capacities, entries of no slice are ignored; slices may
-    overlap. The pattern constructors round up to whole tiles: a key that one row of a tile asks for is given
+    overlap. Kernels skip what lies before the lowest row_start of a tile. Windows, documents and padding are exact
+    by it; the other pattern constructors round up to whole tiles: a key that one row of a tile asks for is given
     to all its rows (causality stays exact), so use a smaller q_block where that is too coarse.
     The plain initialiser checks nothing and never waits for a device; `from_tensors` checks all.
 
     >>> SparsePlan.a_shape(1024, sink=4, window=128)
     SparsePlan(B=1, H=1, n_q=1024, n_k=1024, causal, q_block=64, ranges=29, columns=0)
     """
-
-    @classmethod
-    def from_tensors(
-        cls,
-        ranges: Tensor,
-        range_slice: Tensor,
-        columns: Tensor,
-        column_slice: Tensor,
-        *,
-        n_q: int,
-        n_k: int | None = None,
-        causal: bool = True,
-        q_offset: int | None = None,
-        q_block: int = 64,
-    ) -> SparsePlan:
-        """A plan of the user's own tensors (shapes in the class docstring), validated.
-
-        Raises: TypeError, ValueError as `validate`.
-
-        >>> r, s = torch.tensor([[[[0, 2]]]]).int(), torch.tensor([[[[0, 1]]]]).int()
-        >>> SparsePlan.from_tensors(r, s, r[..., 0, :0], s * 0, n_q=4).to_mask().sum().item()
-        7
-        """
-        geo = build.geometry(n_q, n_k, q_offset, causal, q_block, "cpu")
-        sizes = (geo.q_block, geo.n_q, geo.n_k, geo.q_offset, geo.causal)
-        return cls(ranges, range_slice, columns, column_slice, *sizes).validate()
-
-    @classmethod
-    def _of(cls, geo: Geometry, ranges: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor] | None) -> SparsePlan:
-        """From (counts [B, H, T], values [E, 2]) of ranges and the (buffer, slices) of columns."""
-        buffer, slices = build.csr(*ranges)
-        if columns is None:
-            columns = buffer.new_zeros((*buffer.shape[:2], 0)), torch.zeros_like(slices)
-        return cls(buffer, slices, *columns, geo.q_block, geo.n_q, geo.n_k, geo.q_offset, geo.causal)
 
     @classmethod
     def dense(
@@ -91,7 +59,7 @@ class SparsePlan(PlanData):
         """
         geo = build.geometry(n_q, n_k, q_offset, causal, q_block, device)
         stop = geo.limit()[None, None, :, None]
-        return cls._of(geo, build.pack(torch.zeros_like(stop), stop), None)
+        return cls._of(geo, build.pack(torch.zeros_like(stop), stop))
 
     @classmethod
     def a_shape(
@@ -143,7 +111,7 @@ class SparsePlan(PlanData):
     def sliding_window(
         cls,
         n_q: int,
-        window: int | Sequence[int] | Tensor,
+        window: int,
         *,
         n_k: int | None = None,
         causal: bool = True,
@@ -151,13 +119,21 @@ class SparsePlan(PlanData):
         q_block: int = 64,
         device: Device = None,
     ) -> SparsePlan:
-        """The last `window` keys up to each query itself (not causal: |p - j| < window).
+        """Exactly the last `window` keys up to each query itself, alike in all heads (`a_shape` takes one a head).
 
-        >>> SparsePlan.sliding_window(256, 64).tile_cost().tolist()
-        [[[64, 127, 127, 127]]]
+        Query i stands at key p = i + q_offset and sees p - window < j <= p; not causal: |p - j| < window, which is
+        a causal plan whose q_offset is larger by window - 1.
+
+        >>> SparsePlan.sliding_window(5, 2).to_mask()[0, 0].int().tolist()
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
         """
         geo = build.geometry(n_q, n_k, q_offset, causal, q_block, device)
-        return cls._sink_window_last(geo, 0, window, 0)
+        window = build.check_int("window", window, 0)
+        begin = (torch.arange(geo.n_q, device=geo.device) + geo.q_offset + 1 - window).clamp(0, geo.n_k)
+        if not causal:
+            geo = replace(geo, causal=True, q_offset=min(geo.q_offset + window - 1, geo.n_k))
+        ranges, row_start = build.rows_from(geo, begin[None], geo.limit()[None])
+        return cls._of(geo, ranges, row_start=row_start)
 
     @classmethod
     def _sink_window_last(
@@ -171,7 +147,7 @@ class SparsePlan(PlanData):
         windows = build.head_ints("window", window, geo.device)
         lasts = build.head_ints("last", last, geo.device)
         build.common_heads(sink=sinks, window=windows, last=lasts)
-        return cls._of(geo, build.sink_window_last(geo, sinks, windows, lasts), None)
+        return cls._of(geo, build.sink_window_last(geo, sinks, windows, lasts))
 
     @classmethod
     def vertical_slash(
@@ -255,7 +231,7 @@ class SparsePlan(PlanData):
                 f"and n_k={n_k} in k_block={k_block} make [{geo.tiles}, {blocks}]"
             )
         counts, ends = build.runs(mask)
-        return cls._of(geo, (counts, (ends * k_block).clamp(max=geo.n_k)), None)
+        return cls._of(geo, (counts, (ends * k_block).clamp(max=geo.n_k)))
 
     @classmethod
     def from_documents(
@@ -264,19 +240,19 @@ class SparsePlan(PlanData):
         *,
         ids: Tensor | None = None,
         causal: bool = True,
-        q_block: int | None = 64,
+        q_block: int = 64,
         device: Device = None,
     ) -> SparsePlan:
-        """Packed documents: a token sees its own document only (and only backwards if causal).
+        """Packed documents: a token sees exactly its own document (and only backwards if causal).
 
         Give the documents' `lengths` in order, or `ids`, an int tensor [n] or [B, n] with one run of
-        equal ids a document. Exact, so a document must start where a tile starts: `q_block=None`
-        takes the largest tile of at most 64 that fits.
+        equal ids a document. Not causal, no tile may hold two documents: q_block shrinks to the largest
+        divisor of itself that fits all of them (lengths that are multiples of it keep it).
 
-        Raises: ValueError if a document starts inside a tile (naming where), or an id comes back.
+        Raises: ValueError if an id comes back.
 
-        >>> SparsePlan.from_documents([128, 64, 100]).tile_cost().tolist()
-        [[[64, 128, 64, 64, 100]]]
+        >>> SparsePlan.from_documents([100, 28, 128]).tile_cost().tolist()
+        [[[64, 128, 64, 128]]]
         """
         if (lengths is None) == (ids is None):
             raise TypeError("SparsePlan: from_documents needs either lengths or ids")
@@ -284,20 +260,12 @@ class SparsePlan(PlanData):
             sizes = [build.check_int(f"lengths[{i}]", size, 0) for i, size in enumerate(lengths)]
             ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
         begin, end = build.documents(torch.as_tensor(ids, device=device))
-        starts = begin.unique().tolist()
-        if q_block is None:
-            q_block = math.gcd(64, *starts)
+        if not causal:
+            q_block = math.gcd(build.check_int("q_block", q_block, 1), *begin.unique().tolist())
         geo = build.geometry(begin.shape[1], None, 0, causal, q_block, begin.device)
-        inside = begin % geo.q_block != 0
-        if bool(inside.any()):
-            raise ValueError(
-                f"SparsePlan: a document of sequence {int(inside.nonzero()[0, 0])} starts at token "
-                f"{int(begin[inside][0])}, inside a tile of q_block={geo.q_block}; "
-                f"q_block={math.gcd(*starts)} is the largest that fits every document"
-            )
-        rows = geo.bounds()[0]
-        stop = end[:, None, rows, None].minimum(geo.limit()[:, None])
-        return cls._of(geo, build.pack(begin[:, None, rows, None], stop), None)
+        stop = geo.limit()[None] if causal else end[:, geo.bounds()[0]]
+        ranges, row_start = build.rows_from(geo, begin, stop)
+        return cls._of(geo, ranges, row_start=row_start)
 
     @classmethod
     def from_mask(
@@ -311,10 +279,11 @@ class SparsePlan(PlanData):
     ) -> SparsePlan:
         """The plan of a bool mask [B|1, H|1, n_q, n_k], True where query i sees key j.
 
-        Runs of at least `min_run` keys become ranges, shorter ones columns.
+        Runs of at least `min_run` keys become ranges, shorter ones columns; where rows of a tile differ and all heads
+        agree on the first key of each row, it becomes row_start.
 
-        Raises: ValueError where rows of one tile differ by more than causality, or (causal) a row sees a key
-        past its limit: the message names both indices.
+        Raises: ValueError where rows of one tile differ by more than that and causality, or (causal) a row sees a
+        key past its limit: the message names both indices.
 
         >>> mask = torch.ones(1, 1, 100, 100, dtype=torch.bool).tril()
         >>> bool((SparsePlan.from_mask(mask).to_mask() == mask).all())
@@ -323,12 +292,12 @@ class SparsePlan(PlanData):
         build.check_bool("mask", mask, "[B|1, H|1, n_q, n_k]")
         n_q, n_k = mask.shape[2:]
         geo = build.geometry(n_q, n_k, q_offset, causal, q_block, mask.device)
-        return cls._of_keys(geo, convert.mask_to_keys(mask, geo), min_run)
+        return cls._of_keys(geo, *convert.mask_to_keys(mask, geo), min_run)
 
     @classmethod
-    def _of_keys(cls, geo: Geometry, keys: Tensor, min_run: int) -> SparsePlan:
+    def _of_keys(cls, geo: Geometry, keys: Tensor, row_start: Tensor | None, min_run: int) -> SparsePlan:
         ranges, columns = convert.keys_to_entries(keys, build.check_int("min_run", min_run, 1))
-        return cls._of(geo, ranges, build.csr(*columns))
+        return cls._of(geo, ranges, build.csr(*columns), row_start)
 
     @classmethod
     def from_flex_block_mask(
@@ -346,17 +315,17 @@ class SparsePlan(PlanData):
         """
         (n_q, n_k), where = block_mask.seq_lengths, block_mask.kv_indices.device
         geo = build.geometry(n_q, n_k, q_offset, causal, block_mask.BLOCK_SIZE[0], where)
-        return cls._of_keys(geo, convert.flex_keys(block_mask, geo), 1)
+        return cls._of_keys(geo, convert.flex_keys(block_mask, geo), None, 1)
 
     def to_flex_block_mask(self, k_block: int = 64, *, eager: bool = False) -> BlockMask:
-        """A FlexAttention BlockMask with blocks of q_block x k_block; mask_mod is causality alone.
+        """A FlexAttention BlockMask with blocks of q_block x k_block; mask_mod is causality and row_start.
 
         Uncompiled flex_attention ignores the block lists: `eager=True` puts them into mask_mod too.
 
         Raises: ValueError naming the tile and block if a tile sees part of a block (of its visible keys).
 
         >>> SparsePlan.sliding_window(256, 65).to_flex_block_mask().kv_num_blocks.tolist()
-        [[[1, 1, 1, 1]]]
+        [[[1, 2, 2, 2]]]
         """
         return convert.to_flex_block_mask(self, k_block, eager)
 
@@ -389,7 +358,7 @@ class SparsePlan(PlanData):
     def to_bsr(self, k_block: int = 64) -> tuple[Tensor, Tensor]:
         """(crow_indices int32 [B, H, T + 1], col_indices int32 [B, H, N], zero padded).
 
-        Raises: ValueError naming the tile and block if a tile sees part of a block.
+        Raises: ValueError naming the tile and block if a tile sees part of a block, or if row_start hides a key.
 
         >>> [x.tolist() for x in SparsePlan.dense(128).to_bsr()]
         [[[[0, 1, 3]]], [[[0, 0, 1]]]]
@@ -425,8 +394,9 @@ class SparsePlan(PlanData):
 
         What is left of a range after its blocks of 64 becomes columns.
 
-        Raises: ValueError for a plan that is not causal and square in tiles of 64, or a key between a tile's
-        first and last query that is in no whole block: MInference applies causality to blocks only.
+        Raises: ValueError for a plan that is not causal and square in tiles of 64, whose row_start hides a key, or
+        with a key between a tile's first and last query that is in no whole block: MInference applies causality to
+        blocks only.
 
         >>> SparsePlan.dense(128).to_minference()[1].tolist()
         [[[[0, 0], [0, 64]]]]
