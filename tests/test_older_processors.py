@@ -22,6 +22,8 @@ args = (q, k, k, *tensors, plan.q_block, 0, True, 0.2)
 state = OPS["sparse_attention"].call(*args)
 assert_matches_oracle(state, OPS["sparse_attention"].reference, *args)
 assert_matches_oracle(OPS["merge_attention"].call(*state, *state), OPS["merge_attention"].reference, *state, *state)
+found = scrimp.ops.vertical_slash_index(q, k, torch.tensor([8, 0]).int(), torch.tensor([5, 9]).int())
+found.validate()
 print("ran on", isa.rstrip(")"))
 """
 

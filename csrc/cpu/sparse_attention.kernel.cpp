@@ -14,87 +14,14 @@
 
 #include <string.h>
 
-#include "common/simd.h"
+#include "common/query_lanes.h"
 
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr int64_t kPitch = kQueryLanes;  // floats from one row of Q^T, S^T or O^T to the next
-// A strip, kStripRows x kStripVectors accumulators, fills the registers together with its operands.
-constexpr int kStripRows = 6;
-constexpr int kStripVectors = kLanes == 16 ? 4 : 2;
-constexpr int kStrips = kPitch / kLanes / kStripVectors;  // strips side by side in a full row
-constexpr int64_t kPiece = 126;                           // keys whose S^T stays in cache; a multiple of kStripRows
-constexpr int64_t kLine = 16;                             // floats in a cache line
-constexpr float kLog2E = 1.44269504f;
+static_assert(kQueryLanes == kPitch);
+constexpr int64_t kPiece = 126;  // keys whose S^T stays in cache; a multiple of kStripRows
 constexpr float kLn2 = 0.693147181f;
-constexpr float kInfinity = __builtin_inff();
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-// Calls body(Int<n>) for 1 <= n <= N.
-template <int N, class Body>
-SCRIMP_INLINE void with_constant(int64_t n, Body body) {
-  if constexpr (N > 1) {
-    if (n < N) return with_constant<N - 1>(n, body);
-  }
-  body(Int<N>{});
-}
-
-// Cuts rows into strips of up to kStripRows, the last two of like height: body(Int<R>, first_row).
-template <class Body>
-SCRIMP_INLINE void for_row_strips(int64_t rows, Body body) {
-  for (int64_t row = 0; row < rows;) {
-    const int64_t left = rows - row;
-    const bool two_left = left > kStripRows && left < 2 * kStripRows;
-    with_constant<kStripRows>(two_left ? (left + 1) / 2 : left, [&](auto height) {
-      body(height, row);
-      row += height.value;
-    });
-  }
-}
-
-// Cuts a rows x vectors block into strips: body(Int<R>, Int<C>, first_row, first_vector).
-template <class Body>
-SCRIMP_INLINE void for_strips(int64_t rows, int64_t vectors, Body body) {
-  if constexpr (kStrips == 1) {
-    with_constant<kStripVectors>(vectors, [&](auto width) {
-      for_row_strips(rows, [&](auto height, int64_t row) { body(height, width, row, int64_t{0}); });
-    });
-  } else {
-    for_row_strips(rows, [&](auto height, int64_t row) {
-      for (int64_t vector = 0; vector < vectors; vector += kStripVectors) {
-        with_constant<kStripVectors>(vectors - vector, [&](auto width) { body(height, width, row, vector); });
-      }
-    });
-  }
-}
-
-// Calls body(r, c) for every vector of a strip; unrolled, so that an array of vectors stays in registers.
-template <int R, int C, class Body>
-SCRIMP_INLINE void for_vectors(Body body) {
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) body(r, c);
-  }
-}
-
-// sum[r][c] += sum_i scalar(r, i) * lanes[i, c]
-template <int R, int C, class Scalar>
-SCRIMP_INLINE void multiply_add(Vec (&sum)[R][C], const float* lanes, int64_t depth, Scalar scalar) {
-  for (int64_t i = 0; i < depth; ++i, lanes += kPitch) {
-    Vec b[C];
-    for_vectors<1, C>([&](int, int c) { b[c] = load(lanes + c * kLanes); });
-    for_vectors<R, 1>([&](int r, int) {
-      const Vec a = broadcast(scalar(r, i));
-      for_vectors<1, C>([&](int, int c) { sum[r][c] = fma(a, b[c], sum[r][c]); });
-    });
-  }
-}
 
 // The next keys of a tile: tokens in increasing order and the rows they stand for.
 struct Piece {
@@ -151,24 +78,6 @@ struct Tile {
   float* rescale;            // [64] 2^(old max - new max)
   float* staged;             // bf16 only: K and V as fp32, [2, kPiece, D]
 };
-
-// Q^T[d, i] = Q[i, d] * factor, zeros for lanes without a query.
-template <class T>
-void pack_queries(const Tile& tile, const T* q, int64_t stride, float factor) {
-  for (int64_t first = 0; first < tile.queries; first += kLanes) {
-    for (int64_t d = 0; d < tile.head_dim; d += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] =
-            first + i < tile.queries ? load_first(q + (first + i) * stride + d, tile.head_dim - d) * factor : Vec{};
-      }
-      transpose(block);
-      for (int64_t j = 0; j < kLanes && d + j < tile.head_dim; ++j) {
-        store(tile.q + (d + j) * kPitch + first, block[j]);
-      }
-    }
-  }
-}
 
 // S^T of the piece, -inf where causality or row_start hides a key; raises tile.max. (Tile by value: a store cannot
 // change it.)
@@ -350,8 +259,9 @@ void attend(const SparseAttention& call, const QueryTile& where, float* scratch)
   const int64_t hidden = tile.first_position + tile.queries;
   walk.limit = static_cast<int32_t>(!call.causal || hidden > call.n_k ? call.n_k : hidden < 0 ? 0 : hidden);
 
-  pack_queries(tile, row(static_cast<const T*>(call.q), call.q_strides, h, where.first_query), call.q_strides[2],
-               call.scale * kLog2E);
+  const T* q = row(static_cast<const T*>(call.q), call.q_strides, h, where.first_query);
+  const auto query = [&](int64_t i) { return i < where.queries ? q + i * call.q_strides[2] : nullptr; };
+  pack_queries(where.queries, D, call.scale * kLog2E, query, tile.q);
   for (int64_t i = 0; i < kPitch; ++i) {
     tile.max[i] = -kInfinity;
     tile.sum[i] = 0.0f;

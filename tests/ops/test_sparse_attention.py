@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -296,6 +299,37 @@ def test_compiles_and_exports_as_one_node() -> None:
     program = torch.export.export(Attention(), args)
     assert [str(n.target) for n in program.graph.nodes].count("scrimp.sparse_attention.default") == 1
     assert torch.equal(program.module()(*args), expected)
+
+
+def test_inductor() -> None:
+    plan = SparsePlan.a_shape(20, sink=2, window=8)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * scrimp.ops.sparse_attention(q, k, v, plan)[0] + 1
+
+    args = inputs(20)
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True)(*args), attend(*args))
+
+
+def test_eight_threads_at_once() -> None:
+    args = flat(*inputs(200), plans(200)["vertical_slash"])
+    expected = OP.call(*args)
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: OP.call(*args), range(64)):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_after_fork() -> None:
+    """A forked child works with one thread; with more, torch's own thread pool hangs there, ours or not."""
+    args, threads = flat(*inputs(200), plans(200)["vertical_slash"]), torch.get_num_threads()
+    expected = OP.call(*args)
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        same = all(torch.equal(a, b) for a, b in zip(OP.call(*args), expected, strict=True))
+        os._exit(0 if same else 1)
+    torch.set_num_threads(threads)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 Q, K, V = inputs(100, H=4, G=2)
