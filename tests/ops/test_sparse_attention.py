@@ -1,7 +1,6 @@
 """sparse_attention against its reference, masked dense attention and its contract."""
 
 import dataclasses
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 
