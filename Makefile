@@ -13,7 +13,7 @@ help:  ## list the targets
 setup: $(VENV)/.built  ## environment and build (TORCH_INDEX=URL takes torch from another index)
 
 demo: setup  ## a real model reads 8,000 tokens, dense and sparse: table and report.html
-	$(SCRIMP) demo --report report.html
+	$(SCRIMP) demo --report report.html --json demo.json
 
 test: setup  ## the whole suite
 	$(PY) -m pytest -n $(CORES) --dist loadgroup tests
@@ -41,7 +41,7 @@ wheel: setup  ## build dist/*.whl
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what was built (the environment stays)
-	rm -rf build dist bench.json report.html python/scrimp/*.so $(VENV)/.built $(VENV)/.asan
+	rm -rf build dist bench.json demo.json report.html python/scrimp/*.so $(VENV)/.built $(VENV)/.asan
 
 $(VENV)/.deps: requirements-dev.txt requirements-nvcc.txt
 	$(PYTHON) -m venv $(VENV)

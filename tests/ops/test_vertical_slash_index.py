@@ -1,5 +1,7 @@
 """vertical_slash_index against its definition, its reference and its contract."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from scrimp.testing import oracle_tolerance
 OP = OPS["vertical_slash_index"]
 IMPLEMENTATIONS = scrimp.implementations("vertical_slash_index")
 FIELDS = ("q", "k", "window", "columns", "max_columns", "sinks", "segment", "samples", "q_block", "q_offset", "scale")
+Args = tuple[Any, ...]
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -35,7 +38,7 @@ def arguments(
     samples: int = 16,
     q_block: int = 16,
     q_offset: int | None = None,
-) -> tuple:  # type: ignore[type-arg]
+) -> Args:
     """Flat arguments of the op with random q and k; one window and one number of columns serve all heads."""
     n_k = n_q if n_k is None else n_k
     q, k = torch.randn(B, H, n_q, D).to(dtype), torch.randn(B, G, n_k, D).to(dtype)
@@ -45,22 +48,22 @@ def arguments(
     return (q, k, *budgets, most, sinks, segment, samples, q_block, offset, D**-0.5)
 
 
-def named(args: tuple) -> dict:  # type: ignore[type-arg]
+def named(args: Args) -> dict[str, Any]:
     return dict(zip(FIELDS, args, strict=True))
 
 
-def to_plan(result: Result, args: tuple) -> SparsePlan:  # type: ignore[type-arg]
+def to_plan(result: Result, args: Args) -> SparsePlan:
     at = named(args)
     sizes = {"q_block": at["q_block"], "n_q": at["q"].shape[2], "n_k": at["k"].shape[2], "q_offset": at["q_offset"]}
     return SparsePlan(*result, **sizes, causal=True).validate()
 
 
-def reference(args: tuple, dtype: torch.dtype = torch.float64) -> Result:  # type: ignore[type-arg]
+def reference(args: Args, dtype: torch.dtype = torch.float64) -> Result:
     result: Result = OP.reference(args[0].to(dtype), args[1].to(dtype), *args[2:])
     return result
 
 
-def segment_scores(args: tuple, start: int, dtype: torch.dtype) -> Tensor:  # type: ignore[type-arg]
+def segment_scores(args: Args, start: int, dtype: torch.dtype) -> Tensor:
     """`[B, H, n_k]`: the mass of each key for the segment that starts at query `start`, by the reference."""
     at = named(args)
     stop, stride = min(start + at["segment"], at["q"].shape[2]), at["segment"] // at["samples"]
@@ -71,7 +74,7 @@ def segment_scores(args: tuple, start: int, dtype: torch.dtype) -> Tensor:  # ty
     return column_scores(at["q"].to(dtype), at["k"].to(dtype), rows, low, at["sinks"], at["q_offset"], at["scale"])
 
 
-def assert_plan(got: Result, args: tuple) -> None:  # type: ignore[type-arg]
+def assert_plan(got: Result, args: Args) -> None:
     """Ranges as the float64 reference has them; columns of (nearly) the same mass, whatever rounding chose.
 
     A score that errs by at most E can be taken for one that is 2 E better: so much may each exchanged column cost.
@@ -104,9 +107,9 @@ def assert_plan(got: Result, args: tuple) -> None:  # type: ignore[type-arg]
                     assert short <= bound * exchanged, f"head {h}, segment {s}: {short} over {bound} x {exchanged}"
 
 
-def separated(n: int, dtype: torch.dtype = torch.float32, **changes: object) -> tuple:  # type: ignore[type-arg]
+def separated(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Args:
     """Arguments with n <= 256 keys whose scores differ by 3 % and more, in any order: rounding cannot exchange them."""
-    args = arguments(n, dtype=dtype, D=8, **changes)  # type: ignore[arg-type]
+    args = arguments(n, dtype=dtype, D=8, **changes)
     q, k = torch.zeros_like(args[0]), torch.zeros_like(args[1])
     q[..., 0] = 1
     for head in k.flatten(0, 1):
@@ -346,7 +349,7 @@ GOOD = arguments(100, H=4, G=2)
 Q, K, WINDOW, COLUMNS = GOOD[:4]
 
 
-def change(**changes: object) -> tuple:  # type: ignore[type-arg]
+def change(**changes: Any) -> Args:
     return tuple(changes.get(name, value) for name, value in zip(FIELDS, GOOD, strict=True))
 
 

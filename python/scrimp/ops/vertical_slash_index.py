@@ -98,7 +98,7 @@ def column_scores(q: Tensor, k: Tensor, rows: Tensor, low: Tensor, sinks: int, q
         rows: int64 `[R]`, the sampled query rows.
         low: int64 `[H, R]`, first key of each row's local window.
     """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     key = torch.arange(k.shape[2], device=q.device)
     logits = (scale * (q[:, :, rows] @ k.transpose(2, 3))).to(torch.promote_types(q.dtype, torch.float32))
     mass = logits.masked_fill(key > (rows + q_offset)[:, None], -torch.inf).softmax(-1)
