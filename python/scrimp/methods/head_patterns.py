@@ -44,7 +44,7 @@ class HeadPatterns:
     >>> import torch, scrimp
     >>> patterns = scrimp.HeadPatterns(torch.full((2, 4), 512).int(), torch.zeros(2, 4).int())
     >>> patterns.layers, patterns.heads, round(patterns.expected_density(0, 8192), 3)
-    (2, 4, 0.138)
+    (2, 4, 0.139)
     """
 
     window: Tensor
