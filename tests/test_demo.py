@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import scrimp
 from scrimp.demo import measure, model, options, picture, report, run, text
 from scrimp.demo.measure import Timing, Variant
 from scrimp.demo.report import Answer
 
-transformers = pytest.importorskip("transformers")
 LENGTH = 96
 NASTY = "<script>alert('x')</script> & \"$title\""
 

@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: every message names the op, the argument and the value."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,3 +21,33 @@ def check_same(op: str, what: str, **values: Any) -> None:
     for name, value in rest:
         if value != first:
             raise ValueError(f"{op}: {what} of {name} is {value}, but that of {first_name} is {first}")
+
+
+def check_attention(op: str, q: Tensor, keys: Mapping[str, Tensor], beside: Mapping[str, Tensor], scale: float) -> None:
+    """Raises ValueError unless q and the tensors of keys and values fit together.
+
+    Args:
+        op: the op's name.
+        q: `[B, H, n_q, D]`.
+        keys: name -> `[B, G, n_k, D]`, "k" first.
+        beside: name -> other arguments that must lie on the same device.
+        scale: factor of the scores.
+    """
+    named = {"q": q, **keys}
+    for name, tensor in named.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{op}: {name} must be [batch, heads, tokens, D], got shape {list(tensor.shape)}")
+        check_dtype(op, name, tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    check_same(op, "dtype", **{name: tensor.dtype for name, tensor in named.items()})
+    check_same(op, "device", **{name: tensor.device for name, tensor in {**named, **beside}.items()})
+    check_same(op, "shape", **{name: tuple(tensor.shape) for name, tensor in keys.items()})
+    (B, H, _, D), k = q.shape, keys["k"]
+    G = k.shape[1]
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"{op}: k has shape {list(k.shape)}, but q {list(q.shape)}: batch or head size differ")
+    if (G == 0) != (H == 0) or (G and H % G):
+        raise ValueError(f"{op}: {H} query heads are not a multiple of {G} key/value heads")
+    if D > 256:
+        raise ValueError(f"{op}: head size D={D} is above 256")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale={scale} must be finite")

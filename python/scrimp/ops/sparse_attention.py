@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .._registry import register
-from ._check import check_dtype, check_same
+from ._check import check_attention, check_dtype
 
 if TYPE_CHECKING:
     from ..sparse_plan import SparsePlan
@@ -35,32 +34,12 @@ def _check(
     scale: float,
 ) -> None:
     op = "sparse_attention"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must be [batch, heads, tokens, D], got shape {list(tensor.shape)}")
-        check_dtype(op, name, tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    check_same(op, "dtype", q=q.dtype, k=k.dtype, v=v.dtype)
-    plan = {
-        "ranges": ranges,
-        "range_slice": range_slice,
-        "columns": columns,
-        "column_slice": column_slice,
-    }
+    plan = {"ranges": ranges, "range_slice": range_slice, "columns": columns, "column_slice": column_slice}
     tensors = plan if row_start is None else plan | {"row_start": row_start}
-    check_same(op, "device", q=q.device, k=k.device, v=v.device, **{n: t.device for n, t in tensors.items()})
-    check_same(op, "shape", k=tuple(k.shape), v=tuple(v.shape))
-    B, H, n_q, D = q.shape
-    G = k.shape[1]
-    if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"{op}: k has shape {list(k.shape)}, but q {list(q.shape)}: batch or head size differ")
-    if (G == 0) != (H == 0) or (G and H % G):
-        raise ValueError(f"{op}: {H} query heads are not a multiple of {G} key/value heads")
-    if D > 256:
-        raise ValueError(f"{op}: head size D={D} is above 256")
+    check_attention(op, q, {"k": k, "v": v}, tensors, scale)
+    B, H, n_q, _ = q.shape
     if q_block < 1:
         raise ValueError(f"{op}: q_block={q_block} must be at least 1")
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale={scale} must be finite")
     tiles = -(-n_q // q_block)
     for name, tensor in plan.items():
         check_dtype(op, name, tensor, (torch.int32,))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .._registry import register
 from ..sparse_plan import SparsePlan
-from ._check import check_dtype, check_same
+from ._check import check_attention, check_dtype
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor window, Tensor columns, int max_columns, int sinks, int segment, int samples, "
@@ -31,20 +29,8 @@ def _check(
     scale: float,
 ) -> None:
     op = "vertical_slash_index"
-    for name, tensor in (("q", q), ("k", k)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{op}: {name} must be [batch, heads, tokens, D], got shape {list(tensor.shape)}")
-        check_dtype(op, name, tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    check_same(op, "dtype", q=q.dtype, k=k.dtype)
-    check_same(op, "device", q=q.device, k=k.device, window=window.device, columns=columns.device)
-    B, H, _, D = q.shape
-    G = k.shape[1]
-    if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"{op}: k has shape {list(k.shape)}, but q {list(q.shape)}: batch or head size differ")
-    if (G == 0) != (H == 0) or (G and H % G):
-        raise ValueError(f"{op}: {H} query heads are not a multiple of {G} key/value heads")
-    if D > 256:
-        raise ValueError(f"{op}: head size D={D} is above 256")
+    check_attention(op, q, {"k": k}, {"window": window, "columns": columns}, scale)
+    H = q.shape[1]
     for name, budget in (("window", window), ("columns", columns)):
         check_dtype(op, name, budget, (torch.int32,))
         if tuple(budget.shape) != (H,):
@@ -56,8 +42,6 @@ def _check(
         raise ValueError(f"{op}: segment={segment} must be a positive multiple of q_block={q_block}")
     if segment % samples:
         raise ValueError(f"{op}: segment={segment} must be a multiple of samples={samples}")
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale={scale} must be finite")
 
 
 def _empty(q: Tensor, max_columns: int, segment: int, q_block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
