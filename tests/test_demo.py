@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import scrimp
+from scrimp import cli
 from scrimp.demo import measure, model, options, picture, report, run, text
 from scrimp.demo.measure import Timing, Variant
 from scrimp.demo.report import Answer
@@ -346,3 +347,9 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, result: run.Result, tmp_p
     assert (tmp_path / "r.html").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"the folder of .*x\.json does not exist"):
         run.main(parser.parse_args(["--json", str(tmp_path / "none" / "x.json")]))
+
+
+def test_a_folder_without_a_model_is_one_line(capsys, tmp_path):
+    assert cli.main(["demo", "--model", str(tmp_path), "--report", str(tmp_path / "r.html")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == f"scrimp demo: {tmp_path} is not the folder of a transformers model: it has no config.json"

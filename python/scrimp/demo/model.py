@@ -103,8 +103,11 @@ def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a model folder in fp32 for inference, with torch's own attention (SDPA), and its tokenizer.
 
     Raises:
+        ValueError: there is no such model folder.
         OSError: the folder is not a transformers model.
     """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a transformers model: it has no config.json")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
