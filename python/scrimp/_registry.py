@@ -1,9 +1,14 @@
 """Registration of ops with the dispatcher, and the answer to "which code runs?".
 
-`register` defines the schema in Python; C++ implementations registered themselves when `_ext` loaded the
-library, so the reference is what the dispatcher falls back to where no kernel exists.
+`register` defines the schema in Python; C++ and CUDA implementations registered themselves when `_ext` loaded the
+library, and a Triton kernel is bound to the CUDA key where no CUDA C++ exists, so the reference is what the dispatcher
+falls back to where no kernel exists. `SCRIMP_CUDA_IMPL=triton` asks for Triton where both exist.
 """
 
+import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +30,37 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+_triton_bound: set[str] = set()
+
+
+def _wanted_cuda() -> str | None:
+    wish = os.environ.get("SCRIMP_CUDA_IMPL")
+    if wish not in (None, "triton"):
+        raise RuntimeError(
+            f"SCRIMP_CUDA_IMPL={wish} cannot be met: 'triton' is the only choice (unset: CUDA C++ first)"
+        )
+    return wish
+
+
+def _find_triton(name: str) -> Callable[..., Any] | None:
+    """Runs `scrimp.kernels.<name>`, importing it (and triton) at the first call; None where there is no such file."""
+    if importlib.util.find_spec(f"scrimp.kernels.{name}") is None:
+        return None
+
+    @functools.cache
+    def module() -> Any:
+        try:
+            return importlib.import_module(f"scrimp.kernels.{name}")
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"scrimp::{name} on a GPU needs triton (pip install triton): {error}") from error
+
+    def run(*args: Any) -> Any:
+        results, launches = module().launches(*args)
+        for launch in launches:
+            launch.run()
+        return results
+
+    return run
 
 
 def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +83,11 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
+    if triton := _find_triton(name):
+        compiled = _has_kernel(name, "CUDA")
+        if not compiled or _wanted_cuda() == "triton":
+            _library.impl(name, triton, "CUDA", allow_override=compiled)
+            _triton_bound.add(name)
     OPS[name] = Op(name, call, reference)
     return call
 
@@ -73,7 +114,10 @@ def which(name: str) -> dict[str, str]:
         cpu = f"C++ ({_ext.current_isa()})"
     else:
         cpu = "reference (plain torch): " + (_ext.ops_missing or "no C++ kernel exists")
-    cuda = "compiled kernel" if _has_kernel(name, "CUDA") else "reference (plain torch): no kernel exists"
+    if name in _triton_bound:
+        cuda = "Triton"
+    else:
+        cuda = "CUDA C++" if _has_kernel(name, "CUDA") else "reference (plain torch): no kernel exists"
     if not torch.cuda.is_available():
         cuda += "; no CUDA device here"
     return {"cpu": cpu, "cuda": cuda}

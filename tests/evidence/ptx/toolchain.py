@@ -96,21 +96,18 @@ def triton_request(
 
 
 def _local_sources(path: Path, seen: dict[Path, bytes]) -> None:
-    """The file and every module it imports that is neither installed nor of the library."""
+    """The file and every file of its folder whose modules or kernels it imports."""
     path = path.resolve()
     if path in seen:
         return
     seen[path] = path.read_bytes()
-    installed = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
-    for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) and Path(str(module.__file__)).resolve() == path:
-            break
-    else:
-        return
-    for value in list(vars(module).values()):
-        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
-        file = getattr(sys.modules.get(name or ""), "__file__", None)
-        if file and not any(file.startswith(str(root)) for root in installed):
+    files = {str(getattr(module, "__file__", None)): module for module in list(sys.modules.values())}
+    for value in list(vars(files[str(path)]).values()) if str(path) in files else ():
+        if isinstance(value, ModuleType):
+            file = getattr(value, "__file__", None)
+        else:
+            file = inspect.getsourcefile(value.fn) if callable(getattr(value, "fn", None)) else None
+        if file and Path(file).resolve().parent == path.parent:
             _local_sources(Path(file), seen)
 
 
