@@ -1,4 +1,4 @@
-"""A Triton launch as a value: what a GPU runs is what the interpreter runs and what the evidence compiles and executes."""
+"""A Triton launch as a value: the GPU, the interpreter and the evidence suite all run the same one."""
 
 from __future__ import annotations
 
