@@ -46,24 +46,12 @@ def launches(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tupl
     out = out_a.new_empty(B, N, H, D)
     lse = lse_a.new_empty(B, H, N)
     chosen = config("merge_attention", out_a.device, rows=max(N, 1), head_dim=max(D, 1))
-    strides = {
-        f"{name}_{axis}": tensor.stride(i)
-        for name, tensor in {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}.items()
-        for i, axis in enumerate("bhn")
-    }
+    inputs = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    strides = {f"{name}_{axis}": x.stride(i) for name, x in inputs.items() for i, axis in enumerate("bhn")}
     launch = Launch(
         merge_attention_kernel,
         grid=(cdiv(N, chosen["BLOCK_N"]), H, B if D else 0),
-        args={
-            "out_a": out_a,
-            "lse_a": lse_a,
-            "out_b": out_b,
-            "lse_b": lse_b,
-            "out": out,
-            "lse": lse,
-            **strides,
-            "N": N,
-        },
+        args={**inputs, "out": out, "lse": lse, **strides, "N": N},
         constants={"D": D, "BLOCK_N": chosen["BLOCK_N"], "BLOCK_D": power_of_two(D)},
         num_warps=chosen["num_warps"],
     )

@@ -4,9 +4,9 @@ A file is a list of entries, each the shape it was tuned for and the configurati
 
     [{"shape": {"head_dim": 64, "rows": 64}, "config": {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}}]
 
-The file is the device's own (`nvidia-a100-sxm4-80gb.json`), else that of its architecture (`sm_80.json`, `gfx942.json`),
-else `default.json`. Of its entries the one with the least sum of |log2(wanted / tuned)| over the shape's fields is
-used, the first of equals.
+The file is the device's own (`nvidia-a100-sxm4-80gb.json`), else that of its architecture (`sm_80.json`), else
+`default.json`. Of its entries the one with the least sum of |log2(wanted / tuned)| over the shape's fields is used,
+the first of equals.
 """
 
 from __future__ import annotations

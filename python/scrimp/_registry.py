@@ -36,9 +36,7 @@ _triton_bound: set[str] = set()
 def _wanted_cuda() -> str | None:
     wish = os.environ.get("SCRIMP_CUDA_IMPL")
     if wish not in (None, "triton"):
-        raise RuntimeError(
-            f"SCRIMP_CUDA_IMPL={wish} cannot be met: 'triton' is the only choice (unset: CUDA C++ first)"
-        )
+        raise RuntimeError(f"SCRIMP_CUDA_IMPL={wish} cannot be met: the only choice is 'triton'")
     return wish
 
 

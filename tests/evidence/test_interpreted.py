@@ -1,4 +1,4 @@
-"""Every op's Triton kernels against the oracle, in fp16 and fp32: by the interpreter, or on the GPU where there is one."""
+"""Every op's Triton kernels against the oracle, in fp16 and fp32: by the interpreter, or on a GPU if there is one."""
 
 import importlib
 from typing import Any

@@ -37,7 +37,7 @@ SUBJECT = Subject(
     warp_cases=list(EMULATED)[:4],
     interpreted=cases(torch.float16, torch.float32),
     check=against_oracle("merge_attention"),
-    reference_launch=list(EMULATED)[0],
+    reference_launch=next(iter(EMULATED)),
     shipped={},
-    mutant_case=list(EMULATED)[0],
+    mutant_case=next(iter(EMULATED)),
 )
