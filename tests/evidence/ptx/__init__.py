@@ -28,7 +28,7 @@ surfaces, calls of device functions, 8-bit floats.
 
 from .counters import Counters
 from .errors import EmulatorError, PtxError
-from .launch import Module
+from .launch import Module, bytes_of
 from .toolchain import (
     Compiled,
     TritonRequest,
@@ -51,6 +51,7 @@ __all__ = [
     "Module",
     "PtxError",
     "TritonRequest",
+    "bytes_of",
     "compile_cuda",
     "compile_triton",
     "compile_triton_all",

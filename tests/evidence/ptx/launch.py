@@ -194,7 +194,7 @@ class Module:
         keep: list[Any] = []
         for parameter, value, name in zip(parameters, values, names, strict=False):
             if hasattr(value, "data_ptr") or isinstance(value, np.ndarray):
-                host = _bytes_of(value, name)
+                host = bytes_of(value, name)
                 keep.append((value, host))
                 buffers.append((name, address, host))
                 value = address
@@ -213,7 +213,7 @@ def _three(size: int | Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _bytes_of(value: Any, name: str) -> np.ndarray:
+def bytes_of(value: Any, name: str) -> np.ndarray:
     """The memory of an array or a CPU tensor as bytes, without a copy."""
     if isinstance(value, np.ndarray):
         if not value.flags.c_contiguous:
