@@ -11,11 +11,15 @@ class CudaKernel:
         op: the op; its passport holds the kernels' records.
         name: unique within the op.
         source: CUDA text; quoted includes are relative to `csrc/`.
+        threads: of a block.
+        dynamic_shared: bytes that the launcher asks for.
     """
 
     op: str
     name: str
     source: str
+    threads: int
+    dynamic_shared: int = 0
 
 
 CUDA_KERNELS: list[CudaKernel] = []

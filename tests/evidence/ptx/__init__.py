@@ -32,10 +32,14 @@ from .launch import Module, bytes_of
 from .toolchain import (
     Compiled,
     TritonRequest,
+    cache_folder,
+    compile_cubin,
     compile_cuda,
     compile_triton,
     compile_triton_all,
+    nvcc_version,
     triton_request,
+    triton_version,
 )
 
 
@@ -52,9 +56,13 @@ __all__ = [
     "PtxError",
     "TritonRequest",
     "bytes_of",
+    "cache_folder",
+    "compile_cubin",
     "compile_cuda",
     "compile_triton",
     "compile_triton_all",
     "load",
+    "nvcc_version",
     "triton_request",
+    "triton_version",
 ]
