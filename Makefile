@@ -23,6 +23,14 @@ test-asan: $(VENV)/.asan  ## the op tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/asan $(PY) -m pytest --capture=sys -q -p no:cacheprovider tests/ops
 
+TRITON_38 := build/triton-3.8.0
+evidence: setup $(TRITON_38)  ## compile every GPU kernel for every architecture, rewrite tests/evidence/passports
+	$(PY) tests/evidence/make_passports.py --triton $(TRITON_38)
+
+$(TRITON_38):  # CUDA builds of torch pin this one
+	$(PY) -m pip install --no-deps --target $@.part triton==3.8.0
+	mv $@.part $@
+
 lint: $(VENV)/.deps  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -62,4 +70,4 @@ $(VENV)/.asan: $(VENV)/.deps setup.py $(shell find csrc python kernels benchmark
 	SCRIMP_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/asan-base --build-lib build/asan
 	@touch $@
 
-.PHONY: help setup demo test test-asan lint format bench wheel clean
+.PHONY: help setup demo test test-asan evidence lint format bench wheel clean

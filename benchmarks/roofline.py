@@ -10,6 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .devices import Device
+
+ASSUMPTIONS = (
+    "no kernel here was timed on a GPU: the time is the least that the peak rates of the data sheet allow",
+    "memory, tensor cores and exponentials work at the same time, each at its peak; launches cost nothing",
+    "bytes that are read again come from the last-level cache if what must stay there fits, else from memory",
+)
+
 
 @dataclass(frozen=True)
 class Count:
@@ -54,6 +62,36 @@ class CountedCase:
     dtype: str
     count: Callable[[], Count]
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of each resource on one device; the largest is the limit."""
+
+    seconds: Mapping[str, float]
+    memory_bytes: int
+
+    @property
+    def limit(self) -> str:
+        """The resource that takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def time(self) -> float:
+        """Predicted seconds of the call."""
+        return self.seconds[self.limit]
+
+
+def predict(count: Count, device: Device, dtype: str) -> Prediction:
+    """What `ASSUMPTIONS` make of a count; products in fp32 do not run on tensor cores."""
+    moved = count.unique_bytes if count.resident_bytes <= device.cache else count.bytes
+    unit, rate = ("fp32", "32") if dtype == "fp32" else ("tensor cores", "16")
+    seconds = {
+        "memory": moved / device.memory,
+        unit: count.flops_issued / device.flops[rate],
+        "exponentials": count.exps / device.exps if device.exps else 0.0,
+    }
+    return Prediction(seconds, moved)
 
 
 # An op's `AGAINST`: name of somebody else's kernel -> function that gives, by case name, (ours, theirs).
