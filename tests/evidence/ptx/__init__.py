@@ -6,7 +6,7 @@
 `parser` reads the text, `encoder` and `opcodes` decode one entry into a dense program, `core/` (C++,
 built on first use into `SCRIMP_CACHE` or `~/.cache/scrimp`) runs it: a warp is 32 lanes of every
 register row, the lanes at the lowest program counter go first, blocks run one after the other.
-`toolchain` gets PTX out of Triton and nvcc, `counters` is what a profiler would count.
+`toolchain` and `nvcc` get PTX out of the compilers, `counters` is what a profiler would count.
 
 What a launch proves: the compilers' own output, inline assembly included, computes what the oracle
 computes; every global, shared, local and parameter access lies inside its buffer and is aligned; no
@@ -28,15 +28,9 @@ surfaces, calls of device functions, 8-bit floats.
 
 from .counters import Counters
 from .errors import EmulatorError, PtxError
-from .launch import Module
-from .toolchain import (
-    Compiled,
-    TritonRequest,
-    compile_cuda,
-    compile_triton,
-    compile_triton_all,
-    triton_request,
-)
+from .launch import Module, Struct
+from .nvcc import CudaObject, Usage, compile_cuda, compile_cuda_object
+from .toolchain import Compiled, TritonRequest, compile_triton, compile_triton_all, triton_request
 
 
 def load(text: str) -> Module:
@@ -47,11 +41,15 @@ def load(text: str) -> Module:
 __all__ = [
     "Compiled",
     "Counters",
+    "CudaObject",
     "EmulatorError",
     "Module",
     "PtxError",
+    "Struct",
     "TritonRequest",
+    "Usage",
     "compile_cuda",
+    "compile_cuda_object",
     "compile_triton",
     "compile_triton_all",
     "load",
