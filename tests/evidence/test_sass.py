@@ -47,7 +47,7 @@ def listing(arch: int = 80) -> str:
 
 
 def kernel(arch: int = 80, shared: int = 0) -> sass.Kernel:
-    (found,) = sass.parse(listing(arch), USAGE.format(shared=shared))
+    (found,) = sass.parse(USAGE.format(shared=shared) + listing(arch))
     return found
 
 
@@ -93,7 +93,7 @@ def test_hot_loops_without_products() -> None:
 
 def test_unknown_listing() -> None:
     with pytest.raises(ValueError, match="names no architecture"):
-        sass.parse("nothing", "")
+        sass.parse("nothing")
 
 
 AMD = """

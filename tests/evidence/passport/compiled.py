@@ -1,4 +1,4 @@
-"""Compiles what is shipped: every Triton launch of an op's configurations, every instantiation of its CUDA kernel."""
+"""Compiles what is shipped: every Triton launch of an op's configurations; its launcher in CUDA C++."""
 
 import ast
 import hashlib
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cuda_device
 import ptx
-from cuda_kernels import CUDA_KERNELS, CudaKernel
 from emulate import request
 from subjects import SUBJECTS
 
 ROOT = Path(__file__).resolve().parents[3]
 ARCHES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
 DEFAULT_ARCHES: tuple[int | str, ...] = (80, 90)
-CUDA_ARCHES = ("80", "90a")
+CUDA_ARCHES = ("sm_80", "sm_90a")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def digest(text: str) -> str:
 def sources(op: str) -> dict[str, str]:
     """A hash of every file of the op's kernels, whatever their comments and layout."""
     found = {f"kernels/{op}.py": _jitted(ROOT / "kernels" / f"{op}.py")}
-    if cuda_kernels(op):
-        path = ROOT / "csrc" / "cuda" / f"{op}.cuh"
-        bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.S)
-        found[f"csrc/cuda/{op}.cuh"] = digest(" ".join(bare.split()))
+    if has_cuda(op):
+        for path in sorted((ROOT / "csrc" / "cuda").glob(f"{op}.cu*")):
+            bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.S)
+            found[f"csrc/cuda/{path.name}"] = digest(" ".join(bare.split()))
     return found
 
 
@@ -92,15 +92,6 @@ def compile_shipped(some: Sequence[Shipped], triton: Path | None = None) -> list
     return ptx.compile_triton_all([one.asked for one in some], triton)
 
 
-def cuda_kernels(op: str) -> list[CudaKernel]:
-    return [kernel for kernel in CUDA_KERNELS if kernel.op == op]
-
-
-def compile_cuda(kernel: CudaKernel, arch: str) -> bytes:
-    """The cubin; the text of the unit lies in the cache."""
-    folder = ptx.cache_folder() / "cuda-units"
-    folder.mkdir(parents=True, exist_ok=True)
-    unit = folder / f"{kernel.op}-{digest(kernel.source)}.cu"
-    if not unit.exists():
-        unit.write_text(kernel.source)
-    return ptx.compile_cubin(unit, arch, [f"-I{ROOT / 'csrc'}"])
+def has_cuda(op: str) -> bool:
+    """Whether the op has a launcher in CUDA C++."""
+    return ROOT / "csrc" / "cuda" / f"{op}.cu" in cuda_device.SOURCES

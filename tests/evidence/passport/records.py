@@ -6,10 +6,12 @@
 import functools
 import importlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cuda_device
 import ptx
 import torch
 from emulate import execute
@@ -61,15 +63,19 @@ def _words(of: Occupancy) -> str:
     return f"{of.blocks} blocks, {of.share:.0%}, {of.limit}"
 
 
-def cuda_records(op: str, arches: Iterable[str] = compiled.CUDA_ARCHES) -> list[Record]:
-    """Of every instantiation of the op's CUDA kernel."""
-    records = []
-    for unit in compiled.cuda_kernels(op):
-        for arch in arches:
-            for kernel in sass.read(compiled.compile_cuda(unit, arch)):
-                record = {"config": unit.name, "kernel": kernel.name, "arch": f"sm_{arch}", "warps": unit.threads // 32}
-                records.append(record | cubin_record(kernel, f"sm_{arch}", unit.threads // 32, unit.dynamic_shared))
-    return records
+def cuda_records(op: str) -> list[Record]:
+    """Of every instantiation of the op's kernels in CUDA C++."""
+    if not compiled.has_cuda(op):
+        return []
+    built = cuda_device.compiled(op)
+    threads = dict(re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", built.ptx))
+    kernels = sass.read_object(built.path)
+    return [
+        {"config": "CUDA", "kernel": kernel.name, "arch": arch, "warps": int(threads[kernel.name]) // 32}
+        | cubin_record(kernel, arch, int(threads[kernel.name]) // 32, dynamic_shared=0)
+        for arch in compiled.CUDA_ARCHES
+        for kernel in kernels[arch]
+    ]
 
 
 def triton_records(some: Sequence[Shipped], triton: Path | None = None) -> list[Record]:
@@ -80,7 +86,7 @@ def triton_records(some: Sequence[Shipped], triton: Path | None = None) -> list[
 def compilers(op: str) -> dict[str, str]:
     """Versions of what makes the op's machine code."""
     found = {"triton": ptx.triton_version()}
-    if compiled.cuda_kernels(op):
+    if compiled.has_cuda(op):
         found["nvcc"] = ptx.nvcc_version()
     return found
 

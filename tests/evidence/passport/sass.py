@@ -1,6 +1,8 @@
-"""What a cubin says of its kernels: resources, instructions, loops. Read from cuobjdump's listings."""
+"""What machine code says of its kernels: resources, instructions, loops. Read from cuobjdump's listings."""
 
 import functools
+import hashlib
+import os
 import re
 import subprocess
 import tempfile
@@ -8,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ptx.toolchain import cache_folder
 
 TENSOR = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "DMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 ASYNC_COPY = ("LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG")
@@ -61,11 +65,31 @@ def read(cubin: bytes) -> list[Kernel]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return parse(_cuobjdump("-sass", file.name), _cuobjdump("--dump-resource-usage", file.name))
+        return parse(_cuobjdump(Path(file.name)))
 
 
-def _cuobjdump(option: str, path: str) -> str:
-    return subprocess.run([str(tool("cuobjdump")), option, path], capture_output=True, text=True, check=True).stdout
+def read_object(path: Path) -> dict[str, list[Kernel]]:
+    """The kernels of an object file of nvcc, by the architecture of the cubins in it ("sm_90a")."""
+    parts = re.split(r"^Fatbin (\w+) code:$", _cuobjdump(path), flags=re.M)[1:]
+    found = {}
+    for kind, part in zip(parts[::2], parts[1::2], strict=True):
+        if kind == "elf":
+            found[re.findall(r"^arch = (\w+)$", part, re.M)[0]] = parse(part)
+    return found
+
+
+def _cuobjdump(path: Path) -> str:
+    """The listing; a tenth of a second a kernel, so it is kept by content."""
+    digest = hashlib.sha256(tool("cuobjdump").read_bytes() + path.read_bytes()).hexdigest()[:24]
+    kept = cache_folder() / "sass" / f"{digest}.txt"
+    if not kept.exists():
+        command = [str(tool("cuobjdump")), "-sass", "-res-usage", str(path)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        kept.parent.mkdir(exist_ok=True)
+        scratch = kept.with_name(f"{digest}.{os.getpid()}.tmp")
+        scratch.write_text(re.sub(r"\s+/\* 0x[0-9a-f]{16} \*/", "", listing))
+        scratch.replace(kept)
+    return kept.read_text()
 
 
 @functools.cache
@@ -80,12 +104,12 @@ _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
-def parse(listing: str, usage: str) -> list[Kernel]:
-    """From the texts of ``cuobjdump -sass`` and ``--dump-resource-usage``."""
+def parse(listing: str) -> list[Kernel]:
+    """From the text of ``cuobjdump -sass -res-usage`` for one architecture."""
     found = re.search(r"code for sm_(\d+)", listing)
     if found is None:
         raise ValueError("the listing names no architecture")
-    resources = {name: [int(n) for n in numbers] for name, *numbers in _USAGE.findall(usage)}
+    resources = {name: [int(n) for n in numbers] for name, *numbers in _USAGE.findall(listing)}
     kernels = []
     for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", listing, re.S):
         registers, stack, shared, local = resources[name]

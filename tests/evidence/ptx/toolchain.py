@@ -1,4 +1,4 @@
-"""PTX and cubins from Triton and nvcc on a machine without a GPU, cached by content.
+"""PTX and cubins from Triton on a machine without a GPU, cached by content.
 
 Triton compiles in a subprocess without ``TRITON_INTERPRET`` (with it nothing compiles), so the
 calling process may run the interpreter. One worker serves a whole list of requests.
@@ -12,11 +12,8 @@ import hashlib
 import inspect
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -191,69 +188,3 @@ def _read(path: Path) -> Compiled:
         metadata["name"], raw["ptx"], base64.b64decode(raw["binary"]), int(metadata["shared"]),
         int(metadata["num_warps"]), metadata,
     )  # fmt: skip
-
-
-def nvcc_path() -> str | None:
-    """The nvcc on PATH, in CUDA_HOME, or in the nvidia wheels of this environment."""
-    found = shutil.which("nvcc")
-    if found:
-        return found
-    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    places += [str(Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13")]
-    for place in places:
-        candidate = Path(place) / "bin" / "nvcc"
-        if place and candidate.exists():
-            return str(candidate)
-    return None
-
-
-@functools.cache
-def nvcc_version() -> str:
-    """As ``nvcc --version`` has it: 13.0.88."""
-    found = re.search(r"V([\d.]+)", subprocess.run([_nvcc(), "--version"], capture_output=True, text=True).stdout)
-    return found[1] if found else "unknown"
-
-
-def _nvcc() -> str:
-    nvcc = nvcc_path()
-    if nvcc is None:
-        raise RuntimeError("nvcc not found on PATH, in CUDA_HOME or in the nvidia wheels")
-    return nvcc
-
-
-def compile_cuda(path: str | Path, arch: int = 80, flags: Sequence[str] = ()) -> str:
-    """The PTX of a CUDA C++ file by ``nvcc -ptx``; quoted includes are part of the cache key."""
-    return _compile_cuda(path, "ptx", ["-ptx", "-lineinfo", f"-arch=compute_{arch}", *flags]).decode()
-
-
-def compile_cubin(path: str | Path, arch: str = "80", flags: Sequence[str] = ()) -> bytes:
-    """The cubin of a CUDA C++ file by ``nvcc -cubin``; `arch` is "80" or "90a"."""
-    return _compile_cuda(path, "cubin", ["-cubin", f"-arch=sm_{arch}", *flags])
-
-
-def _compile_cuda(path: str | Path, kind: str, flags: Sequence[str]) -> bytes:
-    source = Path(path).resolve()
-    command = [_nvcc(), "-std=c++17", *flags]
-    digest = hashlib.sha256(" ".join([*command, nvcc_version()]).encode())
-    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
-    for text in _quoted_includes(source, folders, {}).values():
-        digest.update(text)
-    target = cache_folder() / "cuda" / f"{source.stem}-{digest.hexdigest()[:24]}.{kind}"
-    with locked("cuda"):
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            done = subprocess.run([*command, "-o", str(scratch), str(source)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr[-4000:]}")
-            scratch.replace(target)
-    return target.read_bytes()
-
-
-def _quoted_includes(path: Path, folders: Sequence[Path], seen: dict[Path, bytes]) -> dict[Path, bytes]:
-    if path not in seen and path.exists():
-        seen[path] = path.read_bytes()
-        for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', seen[path], re.M):
-            for folder in (path.parent, *folders):
-                _quoted_includes((folder / name.decode()).resolve(), folders, seen)
-    return seen
