@@ -50,7 +50,7 @@ def ready() -> None:
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_kernels_meet_the_demands(op: str) -> None:
     reasons = [reason for record in recomputed(op)
-               for reason in demands.unmet(record, record["kernel"] in SUBJECTS[op].tensor_kernels)]  # fmt: skip
+               for reason in demands.unmet(record, SUBJECTS[op].tensor_kernels.get(record["kernel"]))]  # fmt: skip
     assert not reasons, "\n".join(reasons)
 
 
@@ -64,7 +64,7 @@ def test_kernels_are_those_of_the_passport(op: str) -> None:
 @pytest.mark.parametrize("op", CUDA)
 def test_cuda_kernels(op: str) -> None:
     found = recomputed_cuda(op)
-    reasons = [reason for record in found for reason in demands.unmet(record, tensor=False)]
+    reasons = [reason for record in found for reason in demands.unmet(record)]
     assert not reasons, "\n".join(reasons)
     if same_version(op, "nvcc"):
         compare(found, records.checked_in(op)["kernels"])
@@ -134,20 +134,22 @@ def test_demands() -> None:
     loop = {"tensor": {"HMMA.16816.F32": 8}, "async_copies": {"LDGSTS.E.128": 2}, "global_loads": {"128": 1}}
     good = {"config": "c", "kernel": "k", "arch": "sm_80", "stages": 2, "spills": 0, "stack": 0, "hot_loops": [loop]}
     good["occupancy"] = {"sm_80": "1 blocks, 6%, shared"}
-    assert not demands.unmet(good, tensor=True)
-    for change, reason in {
-        "spills": (2, "2 spill instructions"),
-        "stack": (8, "8 bytes of stack"),
-        "occupancy": ({"sm_89": "0 blocks, 0%, shared"}, "cannot be launched on sm_89"),
-        "stages": (1, "1 stage"),
-        "hot_loops": ([loop | {"tensor": {}}], "loop 0 has no tensor-core instruction"),
-    }.items():
-        (found,) = demands.unmet(good | {change: reason[0]}, tensor=True)
-        assert reason[1] in found
-    narrow = [loop, loop | {"global_loads": {"32": 1, "128": 2}}]
-    assert "loop 1 has global loads of 32 bits" in demands.unmet(good | {"hot_loops": narrow}, tensor=True)[0]
-    idle = [{"tensor": {"HMMA.16816.F32": 8}}]
-    assert "loop 0 loads nothing" in demands.unmet(good | {"hot_loops": idle}, tensor=True)[0]
-    assert not demands.unmet(good | {"arch": "sm_100", "spills": 3}, tensor=True)
+    narrow = loop | {"global_loads": {"32": 1, "128": 2}}
+    assert not demands.unmet(good, 0)
+    assert not demands.unmet(good | {"hot_loops": [loop, narrow]}, 1)
+    for change, value, reason in [
+        ("spills", 2, "2 spill instructions"),
+        ("stack", 8, "8 bytes of stack"),
+        ("occupancy", {"sm_89": "0 blocks, 0%, shared"}, "cannot be launched on sm_89"),
+        ("stages", 1, "1 stage"),
+        ("hot_loops", [loop | {"tensor": {}}], "loop 0 has no tensor-core instruction"),
+        ("hot_loops", [loop, {"tensor": {"HMMA.16816.F32": 8}}], "loop 1 loads nothing"),
+        ("hot_loops", [loop, narrow], "1 loops have global loads that are neither"),
+    ]:
+        (found,) = demands.unmet(good | {change: value}, 0)
+        assert reason in found
+    assert not demands.unmet(good | {"arch": "sm_100", "spills": 3}, 0)
+    assert "cannot be launched on sm_100" in demands.unmet(good | {"arch": "sm_100", "occupancy": {"sm_100": "0 b"}})[0]
+    assert "80000 bytes of local data" in demands.unmet({**good, "arch": "gfx942", "shared": 80000, "occupancy": {}})[0]
     counters = {"kernel": "k", "sector_efficiency": 0.8, "conflicted_accesses": 6, "shared_accesses": 100}
     assert len(demands.unmet_by_counters({"launches": [counters]})) == 2

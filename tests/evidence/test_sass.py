@@ -1,7 +1,10 @@
 """The reader of SASS listings and AMD metadata, on texts written by hand."""
 
+import re
+
 import pytest
 from passport import amdgpu, sass
+from passport.control_flow import natural_loops
 
 USAGE = """
 Resource usage:
@@ -10,7 +13,8 @@ Resource usage:
  Function attend:
   REG:255 STACK:24 SHARED:{shared} LOCAL:0 CONSTANT[0]:464 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-# A loop that only loads, then a loop with products that holds a loop of conversions, then the end.
+# A loop that only loads, then a loop with products that holds a loop of conversions, then the end; behind it a block
+# of the outer loop that was moved there and jumps back.
 LINES = """
 MOV R1, c[0x0][0x28]
 @!P0 LDG.E R9, [R12.64]
@@ -23,7 +27,7 @@ HMMA.16816.F32.BF16 R8, R8, R12, R4
 F2FP.BF16.PACK_AB R4, R5, R6
 @!UP0 BRA 0x80
 LDG.E.128.CONSTANT R8, [R2.64]
-STL [R1+0x4], R9
+@P4 BRA 0x130
 BAR.SYNC 0x0
 @P2 BRA 0x40
 @P3 BRA 0x110
@@ -31,7 +35,9 @@ LDL.64 R4, [R1]
 STG.E.64 [R2.64], R4
 MUFU.EX2 R3, R4
 EXIT
-BRA 0x130
+STL [R1+0x4], R9
+BRA 0xc0
+BRA 0x150
 NOP
 LDG.E R9, [R12.64]
 """
@@ -61,18 +67,19 @@ def test_resources() -> None:
 
 def test_instructions() -> None:
     found = kernel().instructions
-    assert len(found) == 19, "nothing behind the branch to itself"
+    assert len(found) == 21, "nothing behind the branch to itself"
     assert (found[1].guard, found[1].opcode, found[1].operands) == ("@!P0", "LDG.E", "R9, [R12.64]")
     assert [i.width for i in found if i.base in ("LDG", "STG", "LDL")] == [32, 16, 128, 64, 64]
 
 
 def test_loops() -> None:
     found = kernel()
-    assert sass.loops(found) == [(0x10, 0x30), (0x40, 0xD0), (0x80, 0x90)]
+    inside = [(loop[0].address, loop[-1].address, len(loop)) for loop in sass.loops(found)]
+    assert inside == [(0x10, 0x30, 3), (0x40, 0x140, 12), (0x80, 0x90, 2)]
     (hot,) = sass.hot_loops(found)
-    assert (hot[0].address, hot[-1].address) == (0x40, 0xD0)
+    assert hot == sass.loops(found)[1]
     assert sass.mix(hot) == {
-        "instructions": 10,
+        "instructions": 12,
         "tensor": {"HMMA.16816.F32.BF16": 2},
         "async_copies": {"LDGSTS.E.BYPASS.128": 1},
         "conversions": {"F2FP.BF16.PACK_AB": 1},
@@ -81,6 +88,31 @@ def test_loops() -> None:
         "barriers": 1,
         "spills": 1,
     }
+
+
+def loops(*lines: str) -> list[list[int]]:
+    """Of lines ``OPCODE operands`` at 0x0, 0x10, ..."""
+    text = [
+        sass.Instruction(16 * k, *re.fullmatch(r"(@\S+)? ?(\S+) ?(.*)", line).groups(""))
+        for k, line in enumerate(lines)
+    ]
+    return [sorted(loop) for loop in natural_loops(text)]
+
+
+def test_control_flow() -> None:
+    assert loops("MOV", "EXIT") == []
+    assert loops("MOV", "@P0 BRA 0x0", "EXIT") == [[0, 1]]
+    # One head, two jumps back: one loop. A conditional branch may carry its condition among its operands.
+    assert loops("MOV", "@P0 BRA 0x0", "MOV", "BRA !P1, 0x0", "EXIT") == [[0, 1, 2, 3]]
+    # A block moved behind the end jumps back into code that it does not dominate: no loop.
+    assert loops("@P0 BRA 0x30", "MOV", "EXIT", "MOV", "BRA 0x10") == []
+    # Two ways into the same cycle: it has no head.
+    assert loops("@P0 BRA 0x20", "MOV", "MOV", "@P1 BRA 0x10", "EXIT") == []
+    # Threads that met at a barrier go on where BSSY said, here at the head of the loop.
+    assert loops("MOV", "BSSY B0, 0x0", "@P0 EXIT", "BSYNC B0", "EXIT") == [[0, 1, 2, 3]]
+    # Code that is never reached has no loops, and an inner loop may share the outer one's end.
+    assert loops("EXIT", "MOV", "BRA 0x10") == []
+    assert loops("MOV", "MOV", "@P0 BRA 0x10", "@P1 BRA 0x0", "EXIT") == [[0, 1, 2, 3], [1, 2]]
 
 
 def test_hot_loops_without_products() -> None:

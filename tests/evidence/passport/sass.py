@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ptx.toolchain import cache_folder
 
+from .control_flow import natural_loops
+
 TENSOR = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QGMMA", "DMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 ASYNC_COPY = ("LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG")
 CONVERSION = ("F2F", "F2FP", "F2I", "I2F", "I2FP", "F2IP", "I2I", "FRND")
@@ -123,28 +125,14 @@ def parse(listing: str) -> list[Kernel]:
 def _without_padding(lines: Sequence[Instruction]) -> tuple[Instruction, ...]:
     """Up to the branch to itself that ends every function."""
     for index, line in enumerate(lines):
-        if line.base == "BRA" and _target(line) == line.address:
+        if line.base == "BRA" and line.operands == f"{line.address:#x}":
             return tuple(lines[:index])
     return tuple(lines)
 
 
-def _target(line: Instruction) -> int | None:
-    found = re.findall(r"0x([0-9a-f]+)", line.operands)
-    return int(found[-1], 16) if found and line.base in ("BRA", "BRX") else None
-
-
-def loops(kernel: Kernel) -> list[tuple[int, int]]:
-    """First and last address of every loop: one for each address that is jumped back to."""
-    found: dict[int, int] = {}
-    for line in kernel.instructions:
-        target = _target(line)
-        if target is not None and target < line.address:
-            found[target] = max(found.get(target, 0), line.address)
-    return sorted(found.items())
-
-
-def within(kernel: Kernel, loop: tuple[int, int]) -> list[Instruction]:
-    return [i for i in kernel.instructions if loop[0] <= i.address <= loop[1]]
+def loops(kernel: Kernel) -> list[list[Instruction]]:
+    """The instructions of every loop."""
+    return [[kernel.instructions[k] for k in sorted(loop)] for loop in natural_loops(kernel.instructions)]
 
 
 def hot_loops(kernel: Kernel) -> list[list[Instruction]]:
@@ -153,10 +141,10 @@ def hot_loops(kernel: Kernel) -> list[list[Instruction]]:
     The loop that only loads is never hot where another computes: a pipelined kernel has both.
     """
     every = loops(kernel)
-    tensor = [loop for loop in every if any(i.base in TENSOR for i in within(kernel, loop))]
-    some = tensor or every
-    inner = [a for a in some if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in some)]
-    return [within(kernel, loop) for loop in inner] or [list(kernel.instructions)]
+    some = [loop for loop in every if any(i.base in TENSOR for i in loop)] or every
+    places = [{i.address for i in loop} for loop in some]
+    inner = [loop for loop, own in zip(some, places, strict=True) if not any(own > other for other in places)]
+    return inner or [list(kernel.instructions)]
 
 
 def mix(instructions: Iterable[Instruction]) -> dict[str, int | dict[str, int]]:

@@ -46,8 +46,8 @@ class Subject:
         reference_launch: name of the case whose counters go into the passport.
         shipped: name -> flat arguments, on the meta device or small, of every shipped configuration to compile.
         defaults: names of those that every test run compiles for sm_80 and sm_90; `make evidence` compiles all.
-        tensor_kernels: names of the kernels whose loops must hold tensor-core instructions, only 128-bit or
-            asynchronous global loads, and at least two stages.
+        tensor_kernels: kernels whose loops must hold tensor-core instructions, only 128-bit or asynchronous global
+            loads, and at least two stages; with the number of their loops that may load indices otherwise.
         mutant_case: name of the case the mutants run on.
         mutants: by name.
     """
@@ -62,7 +62,7 @@ class Subject:
     mutant_case: str
     mutants: Mapping[str, Mutant] = field(default_factory=dict)
     defaults: Sequence[str] = ()
-    tensor_kernels: Sequence[str] = ()
+    tensor_kernels: Mapping[str, int] = field(default_factory=dict)
 
 
 def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:
