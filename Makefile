@@ -45,8 +45,8 @@ format: $(VENV)/.deps  ## rewrite the sources in the project's format
 bench: setup  ## every op against its peers (BENCH=OP for one)
 	$(SCRIMP) bench $(or $(BENCH),--all) --json bench.json
 
-wheel: setup  ## build dist/*.whl
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+wheel: setup  ## build dist/*.whl (CUDA=1 insists on the CUDA kernels, CUDA=0 leaves them out)
+	$(if $(CUDA),SCRIMP_CUDA=$(CUDA)) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist bench.json demo.json report.html python/scrimp/*.so $(VENV)/.built $(VENV)/.asan

@@ -94,8 +94,8 @@ def call(
 ) -> tuple[Any, list[Run]]:
     """The results of an op's CUDA implementation on CPU tensors, and what it launched.
 
-    `change` maps a part of a kernel's name to a change of its PTX; with `failure` the launch reports an error of that
-    text. Raises what the launcher raises, or `ptx.EmulatorError` at the first fault of a kernel.
+    `change` maps a part of a kernel's name to a change of its own PTX; with `failure` the launch reports an error of
+    that text. Raises what the launcher raises, or `ptx.EmulatorError` at the first fault of a kernel.
     """
     handle = getattr(torch.ops.scrimp, op).default
     names = {arg.data_ptr(): s.name for arg, s in zip(args, handle._schema.arguments, strict=False)
@@ -106,10 +106,9 @@ def call(
 
     def on_launch(kernel: bytes, grid: Any, block: Any, shared: int, values: Any, buffers: Any, count: int) -> int:
         try:
-            name, changed = kernel.decode(), text
-            for part, mutate in (change or {}).items():
-                changed = mutate(text) if part in name else changed
-            module = _module(changed) if changed == text else ptx.load(changed)
+            name = kernel.decode()
+            mutate = next((mutate for part, mutate in (change or {}).items() if part in name), None)
+            module = ptx.load(_changed(text, name, mutate)) if mutate else _module(text)
             known = {buffers[i].data: buffers[i].bytes for i in sorted(range(count), key=lambda i: buffers[i].bytes)}
             arguments = [
                 _argument(ctypes.string_at(values[i], parameter.size), known, names)
@@ -132,6 +131,16 @@ def call(
         if faults:
             raise faults[0] from None
         raise
+
+
+def _changed(text: str, kernel: str, mutate: Callable[[str], str]) -> str:
+    """The PTX with a change inside one kernel."""
+    start = text.index(f".entry {kernel}(")
+    end = text.index("\n}", start)
+    body = mutate(text[start:end])
+    if body == text[start:end]:
+        raise AssertionError(f"the change of {kernel} changes nothing")
+    return text[:start] + body + text[end:]
 
 
 def _argument(raw: bytes, known: Mapping[int, int], names: Mapping[int, str]) -> ptx.Struct:

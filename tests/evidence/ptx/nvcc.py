@@ -45,7 +45,7 @@ def nvcc_path() -> str | None:
     if found:
         return found
     places = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    places += sorted(place for folder in sys.path for place in Path(folder).glob("nvidia/cu*"))
+    places += [place for folder in sys.path for place in sorted(Path(folder).glob("nvidia/cu*"))]
     return next((str(place / "bin" / "nvcc") for place in places if (place / "bin" / "nvcc").exists()), None)
 
 
