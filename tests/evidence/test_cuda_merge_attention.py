@@ -7,9 +7,9 @@ import ptx
 import pytest
 import torch
 from cuda_device import call, compiled
+from mutations import nth
 from subjects import pairwise
 from subjects.merge_attention import make
-from test_ptx_mutants import nth
 from torch import Tensor
 
 from scrimp._registry import OPS
