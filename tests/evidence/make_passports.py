@@ -1,4 +1,4 @@
-"""`make evidence`: compiles every shipped kernel for every architecture and rewrites the passports.
+"""`make evidence`: compiles every shipped kernel for every architecture, rewrites passports and docs/gpu-evidence.md.
 
     python tests/evidence/make_passports.py [--triton FOLDER] [OP ...]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"  # of this process only: compilers run in subprocesses
 sys.path.insert(0, str(Path(__file__).parent))
 
-from passport import demands, records
+from passport import demands, records, summary
 from subjects import SUBJECTS
 
 
@@ -32,6 +32,9 @@ def main() -> int:
         (records.FOLDER / f"{op}.json").write_text(records.text(found))
         reasons += [f"{op}: {reason}" for reason in demands.unmet_by_passport(op, found)]
         print(line(op, found, time.perf_counter() - start), flush=True)
+    records.checked_in.cache_clear()
+    if not args.ops:
+        summary.DOCUMENT.write_text(summary.written(summary.DOCUMENT.read_text()))
     print("\n".join(reasons))
     return 1 if reasons else 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ptx
 import pytest
-from passport import compiled, demands, records
+from passport import compiled, demands, records, summary
 from subjects import SUBJECTS
 
 CUDA = [op for op in SUBJECTS if compiled.has_cuda(op)]
@@ -127,6 +127,11 @@ def test_every_configuration_is_shipped(op: str) -> None:
                     module.launches(*make())
             for entry in json.loads(path.read_text()):
                 assert entry["config"] in chosen, f"{path.name}: {entry} is of no shipped launch"
+
+
+def test_the_document_shows_them() -> None:
+    document = summary.DOCUMENT.read_text()
+    assert document == summary.written(document), "run `make evidence`"
 
 
 def test_demands() -> None:
