@@ -137,7 +137,8 @@ def test_the_document_shows_them() -> None:
 def test_demands() -> None:
     """Each demand is seen to fail."""
     loop = {"tensor": {"HMMA.16816.F32": 8}, "async_copies": {"LDGSTS.E.128": 2}, "global_loads": {"128": 1}}
-    good = {"config": "c", "kernel": "k", "arch": "sm_80", "stages": 2, "spills": 0, "stack": 0, "hot_loops": [loop]}
+    loop |= {"copy_groups": 2, "copy_groups_in_flight": 2}
+    good = {"config": "c", "kernel": "k", "arch": "sm_80", "spills": 0, "stack": 0, "hot_loops": [loop]}
     good["occupancy"] = {"sm_80": "1 blocks, 6%, shared"}
     narrow = loop | {"global_loads": {"32": 1, "128": 2}}
     assert not demands.unmet(good, 0)
@@ -146,7 +147,7 @@ def test_demands() -> None:
         ("spills", 2, "2 spill instructions"),
         ("stack", 8, "8 bytes of stack"),
         ("occupancy", {"sm_89": "0 blocks, 0%, shared"}, "cannot be launched on sm_89"),
-        ("stages", 1, "1 stage"),
+        ("hot_loops", [loop, loop | {"copy_groups_in_flight": 1}], "loop 1 waits for the copies of its next round"),
         ("hot_loops", [loop | {"tensor": {}}], "loop 0 has no tensor-core instruction"),
         ("hot_loops", [loop, {"tensor": {"HMMA.16816.F32": 8}}], "loop 1 loads nothing"),
         ("hot_loops", [loop, narrow], "1 loops have global loads that are neither"),

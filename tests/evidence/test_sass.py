@@ -21,23 +21,25 @@ MOV R1, c[0x0][0x28]
 LDG.E.U16 R9, [R12.64+0x10]
 @P1 BRA 0x10
 LDGSTS.E.BYPASS.128 [R3], [R4.64]
+LDGDEPBAR
+DEPBAR.LE SB0, 0x2
 LDSM.16.M88.4 R4, [R5]
 HMMA.16816.F32.BF16 R4, R8, R12, R4
 HMMA.16816.F32.BF16 R8, R8, R12, R4
 F2FP.BF16.PACK_AB R4, R5, R6
-@!UP0 BRA 0x80
+@!UP0 BRA 0xa0
 LDG.E.128.CONSTANT R8, [R2.64]
-@P4 BRA 0x130
+@P4 BRA 0x150
 BAR.SYNC 0x0
 @P2 BRA 0x40
-@P3 BRA 0x110
+@P3 BRA 0x130
 LDL.64 R4, [R1]
 STG.E.64 [R2.64], R4
 MUFU.EX2 R3, R4
 EXIT
 STL [R1+0x4], R9
-BRA 0xc0
-BRA 0x150
+BRA 0xe0
+BRA 0x170
 NOP
 LDG.E R9, [R12.64]
 """
@@ -67,7 +69,7 @@ def test_resources() -> None:
 
 def test_instructions() -> None:
     found = kernel().instructions
-    assert len(found) == 21, "nothing behind the branch to itself"
+    assert len(found) == 23, "nothing behind the branch to itself"
     assert (found[1].guard, found[1].opcode, found[1].operands) == ("@!P0", "LDG.E", "R9, [R12.64]")
     assert [i.width for i in found if i.base in ("LDG", "STG", "LDL")] == [32, 16, 128, 64, 64]
 
@@ -75,11 +77,11 @@ def test_instructions() -> None:
 def test_loops() -> None:
     found = kernel()
     inside = [(loop[0].address, loop[-1].address, len(loop)) for loop in sass.loops(found)]
-    assert inside == [(0x10, 0x30, 3), (0x40, 0x140, 12), (0x80, 0x90, 2)]
+    assert inside == [(0x10, 0x30, 3), (0x40, 0x160, 14), (0xA0, 0xB0, 2)]
     (hot,) = sass.hot_loops(found)
     assert hot == sass.loops(found)[1]
     assert sass.mix(hot) == {
-        "instructions": 12,
+        "instructions": 14,
         "tensor": {"HMMA.16816.F32.BF16": 2},
         "async_copies": {"LDGSTS.E.BYPASS.128": 1},
         "conversions": {"F2FP.BF16.PACK_AB": 1},
@@ -87,6 +89,8 @@ def test_loops() -> None:
         "matrix_loads": 1,
         "barriers": 1,
         "spills": 1,
+        "copy_groups": 1,
+        "copy_groups_in_flight": 2,
     }
 
 
@@ -118,7 +122,7 @@ def test_control_flow() -> None:
 def test_hot_loops_without_products() -> None:
     found = kernel()
     plain = tuple(i for i in found.instructions if i.base != "HMMA")
-    assert [loop[0].address for loop in sass.hot_loops(sass.Kernel("k", 1, 0, 0, 0, plain))] == [0x10, 0x80]
+    assert [loop[0].address for loop in sass.hot_loops(sass.Kernel("k", 1, 0, 0, 0, plain))] == [0x10, 0xA0]
     straight = tuple(i for i in plain if i.base != "BRA")
     assert sass.hot_loops(sass.Kernel("k", 1, 0, 0, 0, straight)) == [list(straight)]
 

@@ -44,11 +44,11 @@ def _tensor(record: Record, index_loops: int) -> Iterator[str]:
             yield f"loop {number} has no tensor-core instruction"
         if not loop.get("async_copies") and "128" not in loop.get("global_loads", {}):
             yield f"loop {number} loads nothing"
+        if loop.get("async_copies") and loop.get("copy_groups_in_flight", 0) < loop.get("copy_groups", 1):
+            yield f"loop {number} waits for the copies of its next round"
         narrow += any(width != "128" for width in loop.get("global_loads", {}))
     if narrow > index_loops:
         yield f"{narrow} loops have global loads that are neither asynchronous nor of 128 bits, {index_loops} may"
-    if record.get("stages", 2) < 2:
-        yield f"{record['stages']} stage"
 
 
 def unmet_by_passport(op: str, found: Record) -> list[str]:

@@ -170,4 +170,11 @@ def mix(instructions: Iterable[Instruction]) -> dict[str, int | dict[str, int]]:
                        "shuffles": "SHFL", "barriers": "BAR", "spills": "LDL"}.items():  # fmt: skip
         found[name] = sum(i.base == base for i in lines)
     found["spills"] = sum(i.base in SPILL for i in lines)
+    # LDGDEPBAR ends a group of copies; DEPBAR.LE SB0, N waits until at most N groups are in flight.
+    waits = [
+        int(i.operands.split("0x")[-1], 16) for i in lines if i.base == "DEPBAR" and i.operands.startswith("SB0, ")
+    ]
+    if waits:
+        found["copy_groups"] = sum(i.base == "LDGDEPBAR" for i in lines)
+        found["copy_groups_in_flight"] = min(waits)
     return {name: value for name, value in found.items() if value}
