@@ -51,10 +51,11 @@ wheel: setup  ## build dist/*.whl (CUDA=1 insists on the CUDA kernels, CUDA=0 le
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist bench.json demo.json report.html python/scrimp/*.so $(VENV)/.built $(VENV)/.asan
 
-$(VENV)/.deps: requirements-dev.txt requirements-nvcc.txt
+$(VENV)/.deps: requirements-dev.txt requirements-triton.txt requirements-nvcc.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(PY) -m pip install --index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements-dev.txt))
 	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) -m pip install --no-deps -r requirements-triton.txt
 	command -v nvcc >/dev/null || $(PY) -m pip install --no-deps -r requirements-nvcc.txt
 	@touch $@
 

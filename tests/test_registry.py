@@ -78,6 +78,7 @@ def test_choice(make, monkeypatch, compiled, triton, wish, runs, result, order) 
     assert op.call(torch.zeros(())).item() == 1
     assert [name for name in scrimp.implementations(op.name) if name.startswith("cuda")] == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.cpu)
     found = {name: run for name, run in scrimp.implementations(op.name).items() if name.startswith("cuda")}
     assert list(found) == order
     expected = {"cuda-c++": 10, "cuda-triton": 100}

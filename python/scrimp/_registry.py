@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from . import _ext
 
@@ -136,7 +137,7 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
     """Every implementation of op `name` that runs on this machine beside the reference.
 
     The callables take the op's flat arguments. C++ kernels appear once per instruction set ("cpu-avx2"), those of a GPU
-    as "cuda-c++" and "cuda-triton".
+    as "cuda-c++" and "cuda-triton"; the latter move their arguments to the GPU and the results back to the CPU.
 
     >>> import scrimp
     >>> "reference" in scrimp.implementations("merge_attention")
@@ -151,9 +152,16 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
 
         return run
 
+    def on_gpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            moved = tree_map_only(torch.Tensor, torch.Tensor.cuda, args)
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, kernel(*moved))
+
+        return run
+
     found: dict[str, Callable[..., Any]] = {}
     if _has_kernel(name, "CPU"):
         found |= {f"cpu-{isa}": on_isa(isa) for isa in _ext.available_isas()}
     if torch.cuda.is_available():
-        found |= op.cuda
+        found |= {kind: on_gpu(kernel) for kind, kernel in op.cuda.items()}
     return found

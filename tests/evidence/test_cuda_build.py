@@ -1,4 +1,4 @@
-"""setup.py builds the CUDA kernels into _C: with a real nvcc and libcudart, on a torch that only says it has CUDA."""
+"""setup.py builds the CUDA kernels into _C: with a real nvcc and libcudart; a CPU torch only says that it has CUDA."""
 
 import os
 import re
@@ -16,6 +16,7 @@ import torch
 from ptx.nvcc import nvcc_path
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.xdist_group("install")]
+CUDA = torch.version.cuda or "13.0"
 ROOT = Path(__file__).resolve().parents[2]
 # setup.py under a torch that claims CUDA `sys.argv[1]` ("" is none).
 SETUP = """
@@ -52,12 +53,12 @@ def installed(stub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("built")
     library = folder / "lib"
     done = python(
-        "-c", SETUP, "13.0", "-q", "build", "--build-base", folder / "base", "--build-lib", library,
+        "-c", SETUP, CUDA, "-q", "build", "--build-base", folder / "base", "--build-lib", library,
         SCRIMP_CUDA="1", LIBRARY_PATH=str(stub),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (linked,) = re.findall(r"-ltorch_cuda (\S+)/libcudart\.so\S+", (ROOT / "build/ninja/build.ninja").read_text())
-    return {"PYTHONPATH": str(library), "LD_LIBRARY_PATH": f"{stub}:{linked}"}
+    return {"PYTHONPATH": str(library)} | ({} if torch.version.cuda else {"LD_LIBRARY_PATH": f"{stub}:{linked}"})
 
 
 @pytest.mark.parametrize(("wish", "runs"), [({}, "CUDA C++"), ({"SCRIMP_CUDA_IMPL": "triton"}, "Triton")])
@@ -76,7 +77,8 @@ except RuntimeError as error:
     assert done.returncode == 0, done.stderr[-3000:]
     which, said = done.stdout.strip().splitlines()[-2:]
     order = ["cuda-triton", "cuda-c++"] if wish else ["cuda-c++", "cuda-triton"]
-    assert which == f"{runs}; no CUDA device here {order}"
+    assert which.startswith(runs)
+    assert which.endswith(str(order))
     assert said == "merge_attention: out_a, lse_a, out_b and lse_b must be on one CUDA device"
 
 
@@ -84,9 +86,10 @@ def test_needs_what_torch_and_cuda_provide(installed: dict[str, str]) -> None:
     library = next(Path(installed["PYTHONPATH"]).glob("scrimp/_C*.so"))
     said = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"NEEDED.*\[(\S+)\]", said))
-    assert {"libtorch_cuda.so", "libcudart.so.13", "libtorch_cpu.so"} <= needed
+    cudart = f"libcudart.so.{CUDA.split('.')[0]}"
+    assert {"libtorch_cuda.so", cudart, "libtorch_cpu.so"} <= needed
     assert needed <= {
-        "libtorch_cuda.so", "libcudart.so.13", "libtorch_cpu.so", "libtorch.so", "libc10.so",
+        "libtorch_cuda.so", cudart, "libtorch_cpu.so", "libtorch.so", "libc10.so",
         "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2",
     }  # fmt: skip
 
@@ -111,7 +114,7 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     [
         (None, "1", r"SCRIMP_CUDA=1 cannot be met: torch \S+ is built without CUDA$"),
         ("11.8", "1", r"SCRIMP_CUDA=1 cannot be met: torch is of CUDA 11\.8, .*nvcc is of CUDA 1\d\.\d+$"),
-        ("13.0", "yes", r"SCRIMP_CUDA=yes is neither 0 nor 1$"),
+        (CUDA, "yes", r"SCRIMP_CUDA=yes is neither 0 nor 1$"),
     ],
 )
 def test_a_wish_that_cannot_be_met(setup, torch_cuda: str | None, wish: str, words: str) -> None:
@@ -121,16 +124,16 @@ def test_a_wish_that_cannot_be_met(setup, torch_cuda: str | None, wish: str, wor
 
 def test_no_compiler_at_all(setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(Path, "exists", lambda self: False)
-    found = setup("13.0", SCRIMP_CUDA="1", PATH=str(tmp_path))["find_cuda"]
+    found = setup(CUDA, SCRIMP_CUDA="1", PATH=str(tmp_path))["find_cuda"]
     with pytest.raises(
-        SystemExit, match=r"cannot be met: torch is of CUDA 13\.0, and there is no nvcc .*; no nvcc at all$"
+        SystemExit, match=r"cannot be met: torch is of CUDA \S+, and there is no nvcc .*; no nvcc at all$"
     ):
         found()
-    assert setup("13.0", PATH=str(tmp_path))["find_cuda"]() is None
+    assert setup(CUDA, PATH=str(tmp_path))["find_cuda"]() is None
     assert "scrimp: the CUDA kernels are left out (Triton serves GPUs): torch is of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("torch_cuda", "environment"), [(None, {}), ("11.8", {}), ("13.0", {"SCRIMP_CUDA": "0"})])
+@pytest.mark.parametrize(("torch_cuda", "environment"), [(None, {}), ("11.8", {}), (CUDA, {"SCRIMP_CUDA": "0"})])
 def test_builds_without(setup, tmp_path: Path, torch_cuda: str | None, environment: dict[str, str]) -> None:
     text = setup(torch_cuda, **environment)["ninja_file"]({"_C": "c.so", "_host": "host.so"}, tmp_path)
     assert "build c.so: link" in text
@@ -138,18 +141,18 @@ def test_builds_without(setup, tmp_path: Path, torch_cuda: str | None, environme
 
 
 def test_the_compiler_of_the_wheels(setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Found last, and first where PATH has none: a tree like that of the nvidia wheels, with this machine's nvcc."""
+    """Found where PATH and CUDA_HOME have none: a tree like that of the nvidia wheels around this machine's nvcc."""
     real = nvcc_path()
     home = tmp_path / "site/nvidia/cu13"
     for folder in ("bin", "lib"):
         (home / folder).mkdir(parents=True)
-    (home / "lib/libcudart.so.13").touch()
+    (home / f"lib/libcudart.so.{CUDA.split('.')[0]}").touch()
     (home / "bin/nvcc").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     (home / "bin/nvcc").chmod(0o755)
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda self: exists(self) and "/usr/local/cuda" not in str(self))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    nvcc, cudart = setup("13.0", CUDA_HOME="")["find_cuda"]()
+    nvcc, cudart = setup(CUDA, CUDA_HOME="")["find_cuda"]()
     assert nvcc == nvcc_path() == str(home / "bin/nvcc")
-    assert cudart == str(home / "lib/libcudart.so.13")
+    assert "/libcudart.so." in cudart
