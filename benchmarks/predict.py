@@ -37,6 +37,9 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.predict is None:
         raise ValueError("--against needs --predict and a GPU")
+    unused = [f"--{name}" for name in ("list", "threads", "csv", "budget") if getattr(args, name)]
+    if unused:
+        raise ValueError(f"--predict measures nothing: {', '.join(unused)} has no meaning with it")
     if args.op is None and not args.all:
         raise ValueError(f"name an op or give --all; ops with counts are {', '.join(ops())}")
     device = DEVICES[args.predict]

@@ -91,6 +91,10 @@ def test_beside_another_kernel(tmp_path: Path) -> None:
         (("--predict", "h100", "made_up", "--case", "x"), "no case of made_up has 'x' in its name"),
         (("--predict", "h100", "made_up", "--against", "x"), "made_up is not compared with 'x'; there is theirs"),
         (("--predict", "h100", "made_up", "--json", "no/such/folder"), "its folder does not exist"),
+        (
+            ("--predict", "h100", "made_up", "--csv", "device"),
+            "measures nothing: --csv has no meaning with it",
+        ),
         (("made_up", "--against", "theirs"), "--against needs --predict and a GPU"),
     ],
 )
