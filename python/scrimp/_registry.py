@@ -85,15 +85,17 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
-    OPS[name] = Op(name, call, reference, _bind_cuda(name, call))
+    OPS[name] = Op(name, call, reference, _bind_cuda(name))
     return call
 
 
-def _bind_cuda(name: str, call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def _bind_cuda(name: str) -> dict[str, Callable[..., Any]]:
     """Binds Triton to the CUDA key where it is alone or asked for; the kernels by name, first the one that runs."""
     wish, found = _wanted_cuda(), dict[str, Callable[..., Any]]()
     if _has_kernel(name, "CUDA"):
-        found["cuda-c++"] = functools.partial(torch.library.get_kernel(call, "CUDA").call_boxed, _CUDA_KEYS)
+        found["cuda-c++"] = functools.partial(
+            torch.library.get_kernel(f"scrimp::{name}", "CUDA").call_boxed, _CUDA_KEYS
+        )
     if triton := _find_triton(name):
         if not found or wish == "triton":
             with warnings.catch_warnings():
