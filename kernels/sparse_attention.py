@@ -40,27 +40,32 @@ def _load(rows, seen, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, M
 
 
 @triton.jit
-def _attend(q, k, v, state, scale, key, first, last, MASKED: tl.constexpr, FIRST: tl.constexpr):
-    """One step of the online softmax: q, k, v are parts of [M, D], [N, D], [N, D]; state (top, total, sums so far).
-
-    Row i sees key j if first[i] <= key[j] <= last[i]; `MASKED` says whether to look, `FIRST` whether first is given.
-    """
-    top, total, sums = state
+def _scores(q, k):
+    """q k^T [M, N] of the parts of q [M, D] and k [N, D]."""
     score = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
     for i in tl.static_range(1, len(q)):
         score = tl.dot(q[i], tl.trans(k[i]), score, input_precision="ieee")
+    return score
+
+
+@triton.jit
+def _unhidden(score, key, first, last, FIRST: tl.constexpr):
+    """The scores [M, N] of the rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
+    seen = key[None, :] <= last[:, None]
+    if FIRST:
+        seen &= key[None, :] >= first[:, None]
+    return tl.where(seen, score, -float("inf"))
+
+
+@triton.jit
+def _add(score, v, state, scale, MASKED: tl.constexpr):
+    """One step of the online softmax: scores [M, N], parts of v [N, D], state (maxima, totals and sums so far)."""
+    top, total, sums = state
+    high = tl.maximum(top, tl.max(score, 1) * scale)
+    base = high
     if MASKED:
-        seen = key[None, :] <= last[:, None]
-        if FIRST:
-            seen &= key[None, :] >= first[:, None]
-        score = tl.where(seen, score * scale, -float("inf"))
-        high = tl.maximum(top, tl.max(score, 1))
         base = tl.where(high == -float("inf"), 0.0, high)  # a row without any key so far: 2^(-inf - 0) = 0
-        weight = tl.exp2(score - base[:, None])
-    else:
-        high = tl.maximum(top, tl.max(score, 1) * scale)
-        base = high
-        weight = tl.exp2(tl.fma(score, scale, -base[:, None]))
+    weight = tl.exp2(tl.fma(score, scale, -base[:, None]))
     past = tl.exp2(top - base)
     total = total * past + tl.sum(weight, 1)
     weight = weight.to(v[0].dtype)
@@ -71,34 +76,37 @@ def _attend(q, k, v, state, scale, key, first, last, MASKED: tl.constexpr, FIRST
 
 
 @triton.jit
-def _columns_to_keep(columns, count, ranges, n_ranges, low, high):
+def _columns_to_keep(columns, count, ranges, n_ranges, low, safe_low, safe_high, high):
     """Which of the first 1024 of `count` columns lie in [low, high) and in no range.
 
-    Returns int32 [32], in whose word w bit b stands for column 32 b + w, and the first and one past the last of the
-    columns in [low, high).
+    Returns int32 [32], in whose word w bit b stands for column 32 b + w, and how many columns lie before each bound.
     """
     words = tl.zeros((32,), tl.int32)
-    before = 0
-    upto = 0
+    begin = 0
+    safe_begin = 0
+    safe_end = 0
+    end = 0
     for done in tl.range(0, tl.minimum(tl.cdiv(count, 32), 32), 8, num_stages=1):  # few at a time: registers
         bit = done + tl.arange(0, 8)[:, None]
         index = 32 * bit + tl.arange(0, 32)[None, :]
         column = tl.load(columns + index, mask=index < count, other=_HIDDEN)
-        after = tl.zeros((8, 32), tl.int32)  # ranges that end before the column, by bisection
+        ended = tl.zeros((8, 32), tl.int32)  # ranges that end before the column, by bisection
         step = 1
         while step <= n_ranges:
             step *= 2
         while step > 0:
-            probe = after + step - 1
+            probe = ended + step - 1
             stop = tl.load(ranges + 2 * probe + 1, mask=probe < n_ranges, other=_HIDDEN)
-            after = tl.where((probe < n_ranges) & (stop <= column), after + step, after)
+            ended = tl.where((probe < n_ranges) & (stop <= column), ended + step, ended)
             step //= 2
-        start = tl.load(ranges + 2 * after, mask=after < n_ranges, other=_HIDDEN)
+        start = tl.load(ranges + 2 * ended, mask=ended < n_ranges, other=_HIDDEN)
         keep = (column >= low) & (column < high) & (column < start)
         words |= tl.sum(keep.to(tl.int32) << bit, 0)
-        before += tl.sum(tl.sum((column < low).to(tl.int32), 1), 0)
-        upto += tl.sum(tl.sum((column < high).to(tl.int32), 1), 0)
-    return words, before, upto
+        begin += tl.sum(tl.sum((column < low).to(tl.int32), 1), 0)
+        safe_begin += tl.sum(tl.sum((column < safe_low).to(tl.int32), 1), 0)
+        safe_end += tl.sum(tl.sum((column < safe_high).to(tl.int32), 1), 0)
+        end += tl.sum(tl.sum((column < high).to(tl.int32), 1), 0)
+    return words, begin, safe_begin, safe_end, end
 
 
 @triton.jit(
@@ -126,16 +134,16 @@ def sparse_attention_kernel(
     row = block % blocks_of_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if block % blocks_of_tile * BLOCK_M >= n_rows:
         return
-    real = row < n_rows
-    token = tile * q_block + tl.minimum(row, n_rows - 1) // group
-    row_head = (head + row % group).to(tl.int64)
+    known = tl.minimum(row, n_rows - 1)  # rows past the tile's last repeat it
+    token = tile * q_block + known // group
     last = token + q_offset  # the last key that a row sees
-    q += b * q_b
-    loaded = _load(q + row_head[:, None] * q_h + token.to(tl.int64)[:, None] * q_n, real[:, None], D, PART, REST, True)
+    q += b * q_b + head.to(tl.int64) * q_h
+    rows = q + token.to(tl.int64)[:, None] * q_n + (known % group).to(tl.int64)[:, None] * q_h
+    loaded = _load(rows, True, D, PART, REST, False)
     query = ()
     for i in tl.static_range(len(loaded)):  # negated if need be, so that the largest product is the largest score
         query = query + (tl.where(scale < 0, -loaded[i], loaded[i]),)
-    scale = tl.abs(scale) * 1.44269504  # log2(e)
+    scale = tl.maximum(tl.abs(scale) * 1.44269504, 1e-30)  # log2(e); never zero, for hidden scores are -inf
 
     # Keys in [low, high) are seen by some row, those in [safe_low, safe_high) by every row.
     high = tl.maximum(tl.minimum(tl.max(last, 0) + 1, n_k), 0)
@@ -188,7 +196,7 @@ def sparse_attention_kernel(
             at = (tl.sum(tl.where(mine, base, 0), 0) + piece * BLOCK_N + n).to(tl.int64)[:, None]
             k_parts = _load(k + at * k_n, True, D, PART, REST, False)
             v_parts = _load(v + at * v_n, True, D, PART, REST, False)
-            state = _attend(query, k_parts, v_parts, state, scale, n, first, last, False, FIRST)
+            state = _add(_scores(query, k_parts), v_parts, state, scale, False)
 
         EDGE: tl.constexpr = BLOCK_N // 4
         heads = tl.cdiv(whole - start, EDGE)
@@ -210,24 +218,44 @@ def sparse_attention_kernel(
             at = key.to(tl.int64)[:, None]
             k_parts = _load(k + at * k_n, seen, D, PART, REST, True)
             v_parts = _load(v + at * v_n, seen, D, PART, REST, True)
-            state = _attend(query, k_parts, v_parts, state, scale, key, first, last, True, FIRST)
+            score = _unhidden(_scores(query, k_parts), key, first, last, FIRST)
+            state = _add(score, v_parts, state, scale, True)
 
     for done in tl.range(0, n_columns, 1024, num_stages=1):
-        words, begin, end = _columns_to_keep(columns + done, n_columns - done, ranges, n_ranges, low, high)
-        for piece in tl.range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N), num_stages=STAGES + 1):
+        words, begin, safe_begin, safe_end, end = _columns_to_keep(
+            columns + done, n_columns - done, ranges, n_ranges, low, safe_low, safe_high, high
+        )
+        # Row i sees columns after[i] to until[i] of these 1024 where they are kept; rows differ by few.
+        until = tl.zeros((BLOCK_M,), tl.int32) + (safe_end - 1)
+        for late in tl.range(safe_end, end, num_stages=1):
+            until += (tl.load(columns + done + late) <= last).to(tl.int32)
+        after = until
+        if FIRST:
+            after = tl.zeros((BLOCK_M,), tl.int32) + begin
+            for early in tl.range(begin, safe_begin, num_stages=1):
+                after += (tl.load(columns + done + early) < first).to(tl.int32)
+        index = begin // BLOCK_N * BLOCK_N + n
+        key = tl.load(columns + done + index, mask=index < end, other=0)
+        for piece in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
             bits = tl.zeros((BLOCK_N,), tl.int32)
             for word in tl.static_range(BLOCK_N // 32):
                 taken = (words >> (piece * (BLOCK_N // 32) + word)) & 1
                 bits = tl.where(n // 32 == word, tl.sum(taken << lane, 0), bits)
             keep = (bits >> n % 32) & 1 != 0
-            key = tl.load(columns + done + piece * BLOCK_N + n, mask=keep, other=_HIDDEN)
             at = key.to(tl.int64)[:, None]
+            place = piece * BLOCK_N
+            index = place + BLOCK_N + n  # of the next piece
+            key = tl.load(columns + done + index, mask=index < end, other=0)
             k_parts = _load(k + at * k_n, keep[:, None], D, PART, REST, True)
             v_parts = _load(v + at * v_n, keep[:, None], D, PART, REST, True)
-            state = _attend(query, k_parts, v_parts, state, scale, key, first, last, True, FIRST)
+            index = tl.where(keep, place + n, _HIDDEN)
+            score = _unhidden(_scores(query, k_parts), index, after, until, FIRST)
+            state = _add(score, v_parts, state, scale, True)
 
     top, total, sums = state
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    # Token and head anew, from `row`: kept from above they would take registers from the loops.
+    real, token, row_head = row < n_rows, tile * q_block + row // group, head + row % group
     to = out + ((b * n_q + token) * H + row_head)[:, None] * D
     for i in tl.static_range(D // PART):
         values = (sums[i] * inverse[:, None]).to(out.dtype.element_ty)
