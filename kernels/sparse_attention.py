@@ -40,6 +40,15 @@ def _load(rows, seen, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, M
 
 
 @triton.jit
+def _rows(first_row, count, BLOCK_M: tl.constexpr):
+    """first_row + [0, BLOCK_M), computed anew: rows kept over a loop would take registers from it.
+
+    `count` is not negative, which the compiler does not know.
+    """
+    return first_row + tl.minimum(count, 0) + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
 def _scores(q, k):
     """q k^T [M, N] of the parts of q [M, D] and k [N, D]."""
     score = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
@@ -121,7 +130,6 @@ def sparse_attention_kernel(
     ranges_b, ranges_h, range_slice_b, range_slice_h, columns_b, columns_h, column_slice_b, column_slice_h, row_start_b,
     R, C, n_q, n_k, q_block, q_offset, group, shared_by, scale,
     D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, H = tl.program_id(2).to(tl.int64), tl.num_programs(1) * group
     head = tl.program_id(1) * group  # the first of this program's `group` query heads
@@ -131,14 +139,14 @@ def sparse_attention_kernel(
     blocks_of_tile = tl.cdiv(q_block * group, BLOCK_M)
     tile = block // blocks_of_tile
     n_rows = tl.minimum(q_block, n_q - tile * q_block) * group
-    row = block % blocks_of_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    if block % blocks_of_tile * BLOCK_M >= n_rows:
+    first_row = block % blocks_of_tile * BLOCK_M
+    if first_row >= n_rows:
         return
-    known = tl.minimum(row, n_rows - 1)  # rows past the tile's last repeat it
-    token = tile * q_block + known // group
+    row = tl.minimum(first_row + tl.arange(0, BLOCK_M), n_rows - 1)  # rows past the tile's last repeat it
+    token = tile * q_block + row // group
     last = token + q_offset  # the last key that a row sees
     q += b * q_b + head.to(tl.int64) * q_h
-    rows = q + token.to(tl.int64)[:, None] * q_n + (known % group).to(tl.int64)[:, None] * q_h
+    rows = q + token.to(tl.int64)[:, None] * q_n + (row % group).to(tl.int64)[:, None] * q_h
     loaded = _load(rows, True, D, PART, REST, False)
     query = ()
     for i in tl.static_range(len(loaded)):  # negated if need be, so that the largest product is the largest score
@@ -146,16 +154,22 @@ def sparse_attention_kernel(
     scale = tl.maximum(tl.abs(scale) * 1.44269504, 1e-30)  # log2(e); never zero, for hidden scores are -inf
 
     # Keys in [low, high) are seen by some row, those in [safe_low, safe_high) by every row.
-    high = tl.maximum(tl.minimum(tl.max(last, 0) + 1, n_k), 0)
-    safe_high = tl.maximum(tl.minimum(tl.min(last, 0) + 1, n_k), 0)
+    lane = tl.arange(0, 32)
+    last_row = tl.minimum(first_row + BLOCK_M, n_rows) - 1
+    safe_high = tl.maximum(tl.minimum(tile * q_block + first_row // group + q_offset + 1, n_k), 0)
+    high = tl.maximum(tl.minimum(tile * q_block + last_row // group + q_offset + 1, n_k), 0)
     FIRST: tl.constexpr = row_start is not None
     low = 0
     safe_low = 0
     first = last
     if FIRST:
-        first = tl.load(row_start + b * row_start_b + token)
-        low = tl.maximum(tl.min(first, 0), 0)
-        safe_low = tl.maximum(tl.max(first, 0), 0)
+        row_start += b * row_start_b
+        first = tl.load(row_start + token)
+        low = n_k
+        for step in tl.static_range(0, BLOCK_M, 32):
+            some = tl.load(row_start + tile * q_block + tl.minimum(first_row + step + lane, last_row) // group)
+            low, safe_low = tl.minimum(low, tl.min(some, 0)), tl.maximum(safe_low, tl.max(some, 0))
+        low = tl.maximum(low, 0)
 
     part = range_slice + b * range_slice_b + tl.program_id(1).to(tl.int64) * range_slice_h + tile.to(tl.int64) * 2
     skipped = tl.minimum(tl.maximum(tl.load(part), 0), R)
@@ -168,7 +182,6 @@ def sparse_attention_kernel(
 
     k += b * k_b + kv_head * k_h
     v += b * v_b + kv_head * v_h
-    lane = tl.arange(0, 32)
     n = tl.arange(0, BLOCK_N)
     zeros = ()
     for i in tl.static_range(D // PART):
@@ -193,9 +206,9 @@ def sparse_attention_kernel(
         base = whole - (upto - pieces) * BLOCK_N
         for piece in range(0, tl.sum(pieces, 0)):
             mine = (piece < upto) & (piece >= upto - pieces)
-            at = (tl.sum(tl.where(mine, base, 0), 0) + piece * BLOCK_N + n).to(tl.int64)[:, None]
-            k_parts = _load(k + at * k_n, True, D, PART, REST, False)
-            v_parts = _load(v + at * v_n, True, D, PART, REST, False)
+            at = (tl.sum(tl.where(mine, base, 0), 0) + piece * BLOCK_N).to(tl.int64)
+            k_parts = _load(k + at * k_n + (n * k_n)[:, None], True, D, PART, REST, False)
+            v_parts = _load(v + at * v_n + (n * v_n)[:, None], True, D, PART, REST, False)
             state = _add(_scores(query, k_parts), v_parts, state, scale, False)
 
         EDGE: tl.constexpr = BLOCK_N // 4
@@ -226,14 +239,16 @@ def sparse_attention_kernel(
             columns + done, n_columns - done, ranges, n_ranges, low, safe_low, safe_high, high
         )
         # Row i sees columns after[i] to until[i] of these 1024 where they are kept; rows differ by few.
+        token = tile * q_block + tl.minimum(_rows(first_row, n_ranges, BLOCK_M), n_rows - 1) // group
         until = tl.zeros((BLOCK_M,), tl.int32) + (safe_end - 1)
         for late in tl.range(safe_end, end, num_stages=1):
-            until += (tl.load(columns + done + late) <= last).to(tl.int32)
+            until += (tl.load(columns + done + late) <= token + q_offset).to(tl.int32)
         after = until
         if FIRST:
             after = tl.zeros((BLOCK_M,), tl.int32) + begin
+            start = tl.load(row_start + token)
             for early in tl.range(begin, safe_begin, num_stages=1):
-                after += (tl.load(columns + done + early) < first).to(tl.int32)
+                after += (tl.load(columns + done + early) < start).to(tl.int32)
         index = begin // BLOCK_N * BLOCK_N + n
         key = tl.load(columns + done + index, mask=index < end, other=0)
         for piece in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
@@ -241,7 +256,7 @@ def sparse_attention_kernel(
             for word in tl.static_range(BLOCK_N // 32):
                 taken = (words >> (piece * (BLOCK_N // 32) + word)) & 1
                 bits = tl.where(n // 32 == word, tl.sum(taken << lane, 0), bits)
-            keep = (bits >> n % 32) & 1 != 0
+            keep = ((bits >> n % 8) >> (n // 8 * 8) % 32) & 1 != 0  # in two steps: the second is the same in all lanes
             at = key.to(tl.int64)[:, None]
             place = piece * BLOCK_N
             index = place + BLOCK_N + n  # of the next piece
@@ -254,7 +269,7 @@ def sparse_attention_kernel(
 
     top, total, sums = state
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
-    # Token and head anew, from `row`: kept from above they would take registers from the loops.
+    row = _rows(first_row, n_columns, BLOCK_M)
     real, token, row_head = row < n_rows, tile * q_block + row // group, head + row % group
     to = out + ((b * n_q + token) * H + row_head)[:, None] * D
     for i in tl.static_range(D // PART):
@@ -317,7 +332,7 @@ def launches(
         },
         constants={
             "D": D, "PART": part, "REST": power_of_two(D % part, 16) if D % part or not D else 0,
-            "BLOCK_M": chosen["BLOCK_M"], "BLOCK_N": chosen["BLOCK_N"], "STAGES": chosen["num_stages"],
+            "BLOCK_M": chosen["BLOCK_M"], "BLOCK_N": chosen["BLOCK_N"],
         },
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
