@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from scrimp.kernels.sparse_attention import launches
 from torch import Tensor
 
 from scrimp import SparsePlan
-from scrimp.kernels.sparse_attention import launches
 from scrimp.sparse_plan import measure
 
 from . import minference_count

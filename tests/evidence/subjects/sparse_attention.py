@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+
 from scrimp import SparsePlan
 
 from .subject import Case, Flat, Subject, against_oracle, pairwise
