@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from emulate import compile_launches, execute
-from scrimp import SparsePlan
 from scrimp.kernels.sparse_attention import launches
 from subjects.sparse_attention import flat, listed
+
+from scrimp import SparsePlan
 
 N_K = 1536
 # Ranges of whole pieces; of 32 keys each, off any grid, with gaps of 8; and every third key as a column.

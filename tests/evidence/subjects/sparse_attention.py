@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 
 import torch
+from mutations import BARRIER, COMMIT, MMA_A, MMA_B, SWAPPED, WAIT, Change, at_line, nth, shuffle, weaker
+from scrimp.kernels.sparse_attention import sparse_attention_kernel
 
 from scrimp import SparsePlan
 
-from .subject import Case, Flat, Subject, against_oracle, pairwise
+from .subject import Case, Flat, Mutant, Subject, against_oracle, pairwise
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -105,8 +107,8 @@ def long(D: int, dtype: torch.dtype) -> Flat:
 
 def mixed(D: int, dtype: torch.dtype) -> Flat:
     """Whole pieces, range ends, a diagonal and columns, some of them inside a range, others late; two heads of one."""
-    scattered = [*range(301, 420, 3), 460, 481, 499]
-    tiles = [([[0, 140], [150, 300], [380, 390], [430, 494]], scattered), ([[10, 331], [440, 500]], scattered)]
+    scattered = [*range(301, 420, 3), 433, 460, 499]
+    tiles = [([[0, 140], [150, 300], [380, 390], [436, 494]], scattered), ([[10, 331], [440, 500]], scattered)]
     return flat(listed(tiles, 70, 500), 500, D, 2, 1, dtype)
 
 
@@ -157,14 +159,81 @@ def shipped() -> dict[str, Case]:
         tensors = (plan.ranges, plan.range_slice, plan.columns, plan.column_slice, plan.row_start)
         return (q, k, k, *tensors, plan.q_block, plan.q_offset, plan.causal, D**-0.5)
 
-    forms = [(D, dtype, False) for D in (64, 128, 256) for dtype in (*HALVES, torch.float32)]
-    forms += [(80, torch.bfloat16, False), *((D, torch.bfloat16, True) for D in (64, 128, 256))]
+    forms = [(D, dtype, False) for D in (64, 128, 256) for dtype in (torch.bfloat16, torch.float32)]
+    forms += [(80, torch.bfloat16, False), *((D, torch.float16, False) for D in (64, 128))]
+    forms += [(D, torch.bfloat16, True) for D in (64, 128)]
     return {
         f"{D}-{str(dtype).removeprefix('torch.')}{'-rows' * first}": functools.partial(meta, D, dtype, first)
         for D, dtype, first in forms
     }
 
 
+def planted(change: Change, *caught_by: str) -> Mutant:
+    return Mutant("sparse_attention_kernel", change, frozenset(caught_by))
+
+
+def short(**buffers: int) -> Mutant:
+    return Mutant("sparse_attention_kernel", caught_by=frozenset({"out_of_bounds"}), short=buffers)
+
+
+COPY = ("race", "async_race", "uninitialised")
+RACE = ("race", "async_race")
+line = functools.partial(at_line, sparse_attention_kernel)
+MUTANTS = {
+    **{f"barrier {k} removed": planted(nth(BARRIER, k, ""), *COPY) for k in (1, 2, 5, 8, 16, -1)},
+    # Waits 1, 3 and 5 are those inside the loops over whole pieces, edges and columns.
+    **{f"wait {k} weakened": planted(weaker(k), *RACE) for k in (1, 3, 5)},
+    **{f"wait {k} removed": planted(nth(WAIT, k, ""), *RACE) for k in (1, 3, 5)},
+    **{f"commit {k} removed": planted(nth(COMMIT, k, ""), *RACE) for k in (1, 4, 5, 7, 10, 14)},
+    **{f"ldmatrix {k} without trans": planted(nth(r"x4\.trans", k, "x4"), "value") for k in (0, 40)},
+    **{f"ldmatrix {k} with trans": planted(nth(r"x4\.shared", k, "x4.trans.shared"), "value") for k in (0, 40)},
+    **{f"shuffle {k} over 4": planted(shuffle(k, 2, 4), "value") for k in (0, 5, 8)},
+    **{f"shuffle {k} over 2": planted(shuffle(k, 1, 2), "value") for k in (0, 5, -1)},
+    **{f"operand A of product {k} swapped": planted(nth(MMA_A, k, SWAPPED), "value") for k in (0, 100)},
+    **{f"operand B of product {k} swapped": planted(nth(MMA_B, k, SWAPPED), "value") for k in (0, 100)},
+    "weights packed the wrong way": planted(
+        nth(r"(cvt\.rn\.f16x2\.f32\s+%r\d+, )(%r\d+), (%r\d+)", 3, r"\1\3, \2"), "value"
+    ),
+    "causal test off by one": planted(
+        line("seen = key[None, :] <= last[:, None]", r"setp\.gt\.s32", None, "setp.ge.s32"), "value"
+    ),
+    "causal test of one score": planted(
+        line("seen = key[None, :] <= last[:, None]", r"setp\.gt\.s32", 0, "setp.ge.s32"), "value"
+    ),
+    "end of a range off by one": planted(line("(ahead < end)", r"setp\.lt\.s32", None, "setp.le.s32"), "value"),
+    "start of a piece off by one": planted(
+        line("mine = (piece < upto) & (piece >= upto - pieces)", r"setp\.ge\.s32", 0, "setp.gt.s32"), "value"
+    ),
+    "half pieces counted": planted(
+        line("pieces = tl.maximum", r"(shr\.u32\s+%r\d+, %r\d+), 6;", 0, r"\1, 5;"), "value", "out_of_bounds"
+    ),
+    "columns inside a range twice": planted(
+        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 2, r"setp.ne.s32\1;"), "value"
+    ),
+    "columns past the list": planted(
+        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 0, r"setp.ne.s32\1;"), "out_of_bounds"
+    ),
+    "columns among ranges by the wrong end": planted(
+        line("(stop <= column)", r"setp\.\w+\.s32", 0, "setp.ne.s32"), "value"
+    ),
+    "bits of columns to the right": planted(
+        line("words |= tl.sum", r"shl\.b32(\s+%r\d+, %r\d+), (%r\d+);", 0, r"shr.u32\1, \2;"), "value"
+    ),
+    "late columns for all rows": planted(line("until += (tl.load", r", 1, 0,", None, ", 1, 1,"), "value"),
+    "wrong base of the exponential": planted(nth("0f3FB8AA3B", 0, "0f3F800000"), "value"),
+    "no exponential": planted(nth(r"ex2\.approx\.ftz\.f32(\s+%r\d+, )(%r\d+)", 0, r"mov.b32\1\2"), "value"),
+    "sums not scaled down": planted(
+        line("updated = updated + (tl.dot", r"mul\.f32(\s+%r\d+, )(%r\d+), %r\d+;", 0, r"mov.b32\1\2;"), "value"
+    ),
+    "rows stored without a mask": planted(nth(r"@%p\d+( st\.global\.v4)", -1, r"\1"), "out_of_bounds"),
+    "lse stored without a mask": planted(nth(r"@%p\d+( st\.global\.b32)", -1, r"\1"), "out_of_bounds"),
+    "q short": short(q=2), "k short": short(k=2), "v short": short(v=2), "out short": short(out=2), "lse short": short(lse=4),
+    "ranges short": short(ranges=4), "columns short": short(columns=4),
+    # The first wait of a pipeline is for its first two groups.
+    **{f"commit {k} removed": planted(nth(COMMIT, k, "")) for k in (0, 6, 12)},
+    # No range ends past n_k, so no key is n_k.
+    "key n_k loaded": planted(line("seen = (key < n_k)", r"setp\.lt\.s32", None, "setp.le.s32")),
+}  # fmt: skip
 SUBJECT = Subject(
     op="sparse_attention",
     cases=EMULATED,
@@ -175,5 +244,6 @@ SUBJECT = Subject(
     shipped=shipped(),
     defaults=["64-bfloat16", "128-bfloat16"],
     mutant_case="mixed",
+    mutants=MUTANTS,
     tensor_kernels={"sparse_attention_kernel": 1},
 )
