@@ -61,7 +61,7 @@ def in_entry(name: str, change: Change) -> Change:
 
 
 def at_line(kernel: Any, words: str, pattern: str, index: int | None, replacement: str) -> Change:
-    """Replaces the occurrence number `index` (None: every one) of a pattern in what was compiled from some source lines.
+    """Replaces the occurrence number `index` (None: each) of a pattern in what was compiled from some source lines.
 
     These are the lines of the Triton function `kernel`'s file that contain `words`; PTX names them in `.loc`.
     """

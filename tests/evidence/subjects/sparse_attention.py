@@ -211,7 +211,8 @@ MUTANTS = {
         line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 2, r"setp.ne.s32\1;"), "value"
     ),
     "columns past the list": planted(
-        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 0, r"setp.ne.s32\1;"), "out_of_bounds"
+        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 0, r"setp.ne.s32\1;"),
+        "out_of_bounds",
     ),
     "columns among ranges by the wrong end": planted(
         line("(stop <= column)", r"setp\.\w+\.s32", 0, "setp.ne.s32"), "value"
@@ -227,8 +228,8 @@ MUTANTS = {
     ),
     "rows stored without a mask": planted(nth(r"@%p\d+( st\.global\.v4)", -1, r"\1"), "out_of_bounds"),
     "lse stored without a mask": planted(nth(r"@%p\d+( st\.global\.b32)", -1, r"\1"), "out_of_bounds"),
-    "q short": short(q=2), "k short": short(k=2), "v short": short(v=2), "out short": short(out=2), "lse short": short(lse=4),
-    "ranges short": short(ranges=4), "columns short": short(columns=4),
+    **{f"{name} short": short(**{name: 2}) for name in ("q", "k", "v", "out")},
+    **{f"{name} short": short(**{name: 4}) for name in ("lse", "ranges", "columns")},
     # The first wait of a pipeline is for its first two groups.
     **{f"commit {k} removed": planted(nth(COMMIT, k, "")) for k in (0, 6, 12)},
     # No range ends past n_k, so no key is n_k.
