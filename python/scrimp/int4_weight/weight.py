@@ -181,11 +181,12 @@ class Int4Weight:
             raise ValueError(f"{who}: {prefix}format is {numbers.tolist()}, not (1, group_size, zero_kind 0-3, inputs)")
         group_size, kind, in_features = sizes
         found = {name: state.get(prefix + name) for name in ("qweight", "scales", "zeros", "codebook", "permutation")}
+        named = f"{who}: {prefix.rstrip('.')}" if prefix else who
         try:
             weight = cls(**found, group_size=group_size, zero_kind=ZERO_KINDS[kind], in_features=in_features)  # type: ignore[arg-type]
         except ValueError as error:
-            raise ValueError(f"{who}: {prefix.rstrip('.') or 'the weight'}: {error}") from error
-        return weight.validate(who)
+            raise ValueError(f"{named}: {error}") from error
+        return weight.validate(named)
 
     def bytes(self) -> int:
         """Memory of the tensors."""
