@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...int4_weight import Int4Weight
-from ...int4_weight.check import ZERO_KINDS
 from ...ops import int4_linear
 
-_PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
+PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 
 class Int4Linear(nn.Module):
@@ -34,21 +33,24 @@ class Int4Linear(nn.Module):
     def __init__(self, weight: Int4Weight, bias: Tensor | None = None, mode: str = "exact") -> None:
         super().__init__()
         self.mode = mode
-        for name in _PARTS:
-            self.register_buffer(name, weight.tensors()[name])
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
         self.register_buffer("format", weight.state_dict()["format"])
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self._take_sizes(weight)
         self._weight: Int4Weight | None = weight
+
+    def _take_sizes(self, weight: Int4Weight) -> None:
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.group_size, self.zero_kind = weight.group_size, weight.zero_kind
 
     @property
     def weight(self) -> Int4Weight:
         """The weight, on the device of the buffers."""
         if self._weight is None:
-            _, group_size, kind, in_features = self.get_buffer("format").tolist()
-            parts: dict[str, Any] = {name: self._buffers[name] for name in _PARTS}
-            zero_kind: Any = ZERO_KINDS[kind]
-            self._weight = Int4Weight(**parts, group_size=group_size, zero_kind=zero_kind, in_features=in_features)
+            parts: dict[str, Any] = {name: self._buffers[name] for name in PARTS}
+            sizes: dict[str, Any] = {"group_size": self.group_size, "zero_kind": self.zero_kind}
+            self._weight = Int4Weight(**parts, **sizes, in_features=self.in_features)
         return self._weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,14 +72,13 @@ class Int4Linear(nn.Module):
             device = self.get_buffer("qweight").device
             for name, tensor in weight.tensors().items():
                 self._buffers[name] = None if tensor is None else torch.empty_like(tensor, device=device)
-            self.in_features, self.out_features = weight.in_features, weight.out_features
+            self._take_sizes(weight)
         self._weight = None
         super()._load_from_state_dict(state, prefix, *args)
 
     def extra_repr(self) -> str:
-        weight = self.weight
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, group_size={weight.group_size}, {weight.zero_kind}, mode={self.mode}"
+        return f"{sizes}, group_size={self.group_size}, {self.zero_kind}, mode={self.mode}"
 
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:

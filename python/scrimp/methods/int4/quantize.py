@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...int4_weight import Int4Weight
+from ...int4_weight.check import GROUP_SIZES
 from . import blocks as parts
 from .awq import find_input_scales, find_limits
 from .gptq import Order, gptq
@@ -104,6 +105,8 @@ def quantize(
 
     if method not in METHODS:
         raise ValueError(f"quantize: method={method!r} must be one of {', '.join(METHODS)}")
+    if group_size != -1 and group_size not in GROUP_SIZES:
+        raise ValueError(f"quantize: group_size={group_size} must be 16, 32, 64, 128 or -1")
     if symmetric and method == "hqq":
         raise ValueError("quantize: hqq has floating zeros; symmetric=True is for rtn, gptq and awq")
     texts = _texts(method, calibration)
