@@ -5,7 +5,9 @@ from importlib import metadata
 from . import ops
 from ._registry import implementations, which
 from .int4_weight import Int4Weight
+from .integrations.load import load
 from .methods.head_patterns import HeadPatterns
+from .methods.int4 import quantize
 from .sparse_plan import SparsePlan
 
 try:
@@ -13,4 +15,14 @@ try:
 except metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadPatterns", "Int4Weight", "SparsePlan", "__version__", "implementations", "ops", "which"]
+__all__ = [
+    "HeadPatterns",
+    "Int4Weight",
+    "SparsePlan",
+    "__version__",
+    "implementations",
+    "load",
+    "ops",
+    "quantize",
+    "which",
+]

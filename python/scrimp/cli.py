@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .demo import options as demo_options
+from .demo import quantize as quantize_options
 
 
 class UserError(Exception):
@@ -28,6 +29,12 @@ def _calibrate(args: argparse.Namespace) -> int:
     from .demo import calibrate
 
     return calibrate.main(args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from .demo import quantize
+
+    return quantize.main(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -56,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--length", type=int, default=8192, metavar="N", help="tokens of a text (default 8192)")
     calibrate.add_argument("--texts", type=int, default=3, metavar="N", help="texts to use (default 3)")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    quantize = command("quantize", _quantize, "make a model's linear layers 4-bit and write it to a folder")
+    quantize_options.add_arguments(quantize)
     bench = command("bench", _bench, "measure an op against its peers, paired")
     bench.add_argument("op", nargs="?", metavar="OP", help="the op to measure")
     bench.add_argument("--all", action="store_true", help="measure every op")

@@ -53,6 +53,11 @@ class Int4Linear(nn.Module):
             self._weight = Int4Weight(**parts, **sizes, in_features=self.in_features)
         return self._weight
 
+    def refresh(self, who: str = "Int4Linear") -> None:
+        """Takes over buffers put in place from outside; ValueError, beginning with `who`, as `Int4Weight.validate`."""
+        self._weight = None
+        self.weight.validate(who)
+
     def forward(self, x: Tensor) -> Tensor:
         return int4_linear(x, self.weight, self.bias, mode=self.mode)
 

@@ -18,6 +18,7 @@ from .awq import find_input_scales, find_limits
 from .gptq import Order, gptq
 from .grid import Grid, largest_group_size
 from .hqq import half_quadratic
+from .layout import describe_model
 from .linear import Int4Linear
 from .report import LayerReport, Report, divergence
 from .rtn import round_to_nearest
@@ -73,6 +74,8 @@ def quantize(
 ) -> Report:
     """Replaces a model's linear layers by `Int4Linear`, in place, and reports what each of them lost.
 
+    The model is for inference afterwards: no parameter asks for a gradient any more.
+
     Decoder layers are taken one after the other: each sees the outputs of the quantized ones before it, and
     statistics of one layer at a time are in memory. A layer whose width the group size does not divide gets the
     largest allowed one that does; the report has it.
@@ -117,9 +120,13 @@ def quantize(
             chosen = {name: m for name, m in parts.linears_of(model).items() if not job.skips(name)}
             for name in tqdm(chosen, desc=method, unit="layer", disable=not progress):
                 _swap(model, name, job, None, report)
-            return report
-        with tqdm(total=len(parts.find_blocks(model)), desc=method, unit="layer", disable=not progress) as bar:
-            _by_block(model, texts, job, report, kl_tokens, bar)
+        else:
+            with tqdm(total=len(parts.find_blocks(model)), desc=method, unit="layer", disable=not progress) as bar:
+                _by_block(model, texts, job, report, kl_tokens, bar)
+    model.requires_grad_(False)
+    if hasattr(model, "config"):
+        config: Any = model.config
+        config.quantization_config = describe_model(model)  # for save_pretrained
     return report
 
 
