@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .groups import regroup
 from .pack import pack_nibbles, unpack_nibbles, words_to_bytes
-from .tensor_file import TensorFile
+from .tensor_file import TensorFiles
 from .weight import Int4Weight
 
 SUFFIXES = ("qweight", "qzeros", "scales")
@@ -44,17 +44,17 @@ def _columns(words: Tensor) -> Tensor:
     return nibbles[..., place].flatten(1)
 
 
-def read(file: TensorFile, module: str, config: Mapping[str, Any]) -> Int4Weight:
+def read(files: TensorFiles, module: str, config: Mapping[str, Any]) -> Int4Weight:
     """One module's weight; each error names the tensor and the value."""
     qweight, qzeros, scales = (f"{module}.{suffix}" for suffix in SUFFIXES)
-    K, words = file.shape(qweight, 2)
-    G, N = file.shape(scales, 2)[0], 8 * words
+    K, words = files.shape(qweight, 2)
+    G, N = files.shape(scales, 2)[0], 8 * words
     if K % 2 or G == 0 or K % G:
-        raise file.fail(scales, f"{G} groups do not divide {K} rows, an even number")
-    q = file.read(qweight, (torch.int32,), (K, words))
-    s = file.read_finite(scales, (G, N))
-    z = file.read(qzeros, (torch.int32,), (G, words))
+        raise files.fail(scales, f"{G} groups do not divide {K} rows, an even number")
+    q = files.read(qweight, (torch.int32,), (K, words))
+    s = files.read_finite(scales, (G, N))
+    z = files.read(qzeros, (torch.int32,), (G, words))
     try:
         return regroup(pack_nibbles(_columns(q).T.contiguous()), s.T, _columns(z).T, group_size=K // G)
     except ValueError as error:
-        raise file.fail(scales, str(error)) from error
+        raise files.fail(scales, str(error)) from error

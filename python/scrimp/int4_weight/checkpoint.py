@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import awq, compressed_tensors, gptq
 from .gguf import GgufFile
-from .tensor_file import TensorFile, read_json
+from .tensor_file import TensorFiles, read_json
 from .weight import FORMAT_VERSION, Int4Weight
 
 FORMAT = "scrimp.int4"
@@ -50,7 +50,7 @@ class TensorCheckpoint:
     path: Path
     method: str
     config: Mapping[str, Any]
-    where: Mapping[str, TensorFile]
+    files: TensorFiles
     weights: tuple[str, ...]
     plain: tuple[str, ...]
 
@@ -59,21 +59,19 @@ class TensorCheckpoint:
 
         Raises: ValueError naming file, tensor and value for whatever is missing or does not fit.
         """
-        main = {"compressed-tensors": "weight_packed"}.get(self.method, "qweight")
-        if f"{name}.{main}" not in self.where:
+        if name not in self.weights:
             raise ValueError(f"{self.path}: there is no 4-bit weight {name!r}")
-        file = self.where[f"{name}.{main}"]
         if self.method == "scrimp":
-            state = {f"{name}.{part}": file.read(f"{name}.{part}") for part in _OWN if f"{name}.{part}" in file.layout}
-            return Int4Weight.from_state_dict(state, f"{name}.", f"{file.path}")
+            parts = [f"{name}.{part}" for part in _OWN if f"{name}.{part}" in self.files.layout]
+            return Int4Weight.from_state_dict(
+                {part: self.files.read(part) for part in parts}, f"{name}.", f"{self.path}"
+            )
         read = {"gptq": gptq.read, "awq": awq.read, "compressed-tensors": compressed_tensors.read}[self.method]
-        return read(file, name, self.config)
+        return read(self.files, name, self.config)
 
     def tensor(self, name: str) -> Tensor:
         """An ordinary tensor."""
-        if name not in self.where:
-            raise ValueError(f"{self.path}: there is no tensor {name!r}")
-        return self.where[name].read(name)
+        return self.files.read(name)
 
 
 def _files(path: Path) -> list[Path]:
@@ -150,28 +148,28 @@ def open_checkpoint(path: str | Path, config: Mapping[str, Any] | None = None) -
         raise ValueError(f"{path}: there is no such file or folder")
     if path.suffix == ".gguf":
         return GgufFile(path)
-    files = [TensorFile(file) for file in (_files(path) if path.is_dir() else [path])]
-    if config is None and FORMAT in files[0].metadata:
-        config = _own_header(files[0])
+    files = TensorFiles(path, _files(path) if path.is_dir() else [path])
+    if config is None and FORMAT in files.metadata:
+        config = _own_header(files)
     if config is None:
         config = quantization_config(path if path.is_dir() else path.parent)
     if config is None:
         raise ValueError(f"{path}: there is no quantization_config that says what the tensors mean")
-    method, where = _method(path, config), {name: file for file in files for name in file.layout}
+    method = _method(path, config)
     find = {"compressed-tensors": compressed_tensors.modules}.get(method, gptq.modules)
-    weights = tuple(sorted(find(where)))
+    weights = tuple(sorted(find(files.layout)))
     packed = {f"{name}.{suffix}" for name in weights for suffix in _SUFFIXES[method]}
-    return TensorCheckpoint(path, method, config, where, weights, tuple(sorted(set(where) - packed)))
+    return TensorCheckpoint(path, method, config, files, weights, tuple(sorted(set(files.layout) - packed)))
 
 
-def _own_header(file: TensorFile) -> dict[str, Any]:
+def _own_header(files: TensorFiles) -> dict[str, Any]:
     try:
-        header = json.loads(file.metadata[FORMAT])
+        header = json.loads(files.metadata[FORMAT])
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file.path}: the {FORMAT} header is not JSON: {error}") from error
+        raise ValueError(f"{files.path}: the {FORMAT} header is not JSON: {error}") from error
     if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
         version = header.get("version") if isinstance(header, dict) else header
-        raise ValueError(f"{file.path}: {FORMAT} version {version!r}; this scrimp reads {FORMAT_VERSION}")
+        raise ValueError(f"{files.path}: {FORMAT} version {version!r}; this scrimp reads {FORMAT_VERSION}")
     return {"quant_method": "scrimp"}
 
 

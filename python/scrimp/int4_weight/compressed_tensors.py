@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .groups import regroup
 from .pack import unpack_nibbles, words_to_bytes
-from .tensor_file import TensorFile
+from .tensor_file import TensorFiles
 from .weight import Int4Weight
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
@@ -46,40 +46,42 @@ def modules(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
 
 
-def _zeros(file: TensorFile, name: str, N: int, G: int) -> Tensor | None:
-    if name not in file.layout:
+def _zeros(files: TensorFiles, name: str, N: int, G: int) -> Tensor | None:
+    if name not in files.layout:
         return None
-    if file.layout[name][0] == "I8":
-        signed = file.read(name, (torch.int8,), (N, G))
+    if files.layout[name][0] == "I8":
+        signed = files.read(name, (torch.int8,), (N, G))
         if N and G and (int(signed.min()) < -8 or int(signed.max()) > 7):
-            raise file.fail(name, f"values from {int(signed.min())} to {int(signed.max())}; they must be -8 to 7")
+            raise files.fail(name, f"values from {int(signed.min())} to {int(signed.max())}; they must be -8 to 7")
         return (signed + 8).to(torch.uint8)
-    packed = file.read(name, (torch.int32,), (-(-N // 8), G))
+    packed = files.read(name, (torch.int32,), (-(-N // 8), G))
     return unpack_nibbles(words_to_bytes(packed.T.contiguous()))[:, :N].T
 
 
-def read(file: TensorFile, module: str, config: Mapping[str, Any]) -> Int4Weight:
+def read(files: TensorFiles, module: str, config: Mapping[str, Any]) -> Int4Weight:
     """One module's weight; each error names the tensor and the value."""
     packed, scale, zero_point, shape, g_idx = (f"{module}.{suffix}" for suffix in SUFFIXES)
-    N, K = file.read(shape, _INTEGERS, (2,)).tolist()
-    if file.shape(packed, 2) != (N, -(-K // 8)) or K < 0:
-        raise file.fail(packed, f"shape {list(file.shape(packed, 2))} cannot hold the {N} x {K} codes of weight_shape")
+    N, K = files.read(shape, _INTEGERS, (2,)).tolist()
+    if files.shape(packed, 2) != (N, -(-K // 8)) or K < 0:
+        raise files.fail(
+            packed, f"shape {list(files.shape(packed, 2))} cannot hold the {N} x {K} codes of weight_shape"
+        )
     if K % 2:
-        raise file.fail(shape, f"K={K} must be even")
-    q = words_to_bytes(file.read(packed, (torch.int32,)))[:, : K // 2]
-    found = file.layout[scale][1] if scale in file.layout else ()
+        raise files.fail(shape, f"K={K} must be even")
+    q = words_to_bytes(files.read(packed, (torch.int32,)))[:, : K // 2]
+    found = files.layout[scale][1] if scale in files.layout else ()
     if found in ((1,), ()):  # one for the whole matrix
-        s = file.read_finite(scale, found).view(1, 1).expand(N, 1)
+        s = files.read_finite(scale, found).view(1, 1).expand(N, 1)
     else:
-        s = file.read_finite(scale, (N, file.shape(scale, 2)[1]))
+        s = files.read_finite(scale, (N, files.shape(scale, 2)[1]))
     G, group_of = s.shape[1], None
-    if g_idx in file.layout:
-        group_of = file.read(g_idx, _INTEGERS, (K,)).long()
+    if g_idx in files.layout:
+        group_of = files.read(g_idx, _INTEGERS, (K,)).long()
         group_of = None if bool((group_of == -1).all()) else group_of
     if group_of is None and (G == 0 or K % G):
-        raise file.fail(scale, f"{G} groups do not divide K={K}")
-    zeros = _zeros(file, zero_point, N, G)
+        raise files.fail(scale, f"{G} groups do not divide K={K}")
+    zeros = _zeros(files, zero_point, N, G)
     try:
         return regroup(q, s, zeros, group_size=K // G if G else 0, group_of=group_of)
     except ValueError as error:
-        raise file.fail(scale if group_of is None else g_idx, str(error)) from error
+        raise files.fail(scale if group_of is None else g_idx, str(error)) from error

@@ -15,7 +15,7 @@ import torch
 
 from .groups import regroup
 from .pack import unpack_nibbles, words_to_bytes
-from .tensor_file import TensorFile
+from .tensor_file import TensorFiles
 from .weight import Int4Weight
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -46,29 +46,29 @@ def modules(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
 
 
-def read(file: TensorFile, module: str, config: Mapping[str, Any]) -> Int4Weight:
+def read(files: TensorFiles, module: str, config: Mapping[str, Any]) -> Int4Weight:
     """One module's weight; each error names the tensor and the value."""
     qweight, qzeros, scales, g_idx = (f"{module}.{suffix}" for suffix in SUFFIXES)
-    words, N = file.shape(qweight, 2)
-    G, K = file.shape(scales, 2)[0], 8 * words
-    q = file.read(qweight, (torch.int32,), (words, N))
-    s = file.read_finite(scales, (G, N))
-    z = file.read(qzeros, (torch.int32,), (G, -(-N // 8)))
+    words, N = files.shape(qweight, 2)
+    G, K = files.shape(scales, 2)[0], 8 * words
+    q = files.read(qweight, (torch.int32,), (words, N))
+    s = files.read_finite(scales, (G, N))
+    z = files.read(qzeros, (torch.int32,), (G, -(-N // 8)))
     if version(config) == 1:
         z = z + _ONES
     zeros = unpack_nibbles(words_to_bytes(z))[:, :N].T
     group_of = None
-    if g_idx in file.layout:
-        rows = file.shape(g_idx, 1)[0]
+    if g_idx in files.layout:
+        rows = files.shape(g_idx, 1)[0]
         if rows != K:
-            raise file.fail(qweight, f"{words} words a column are {K} rows of 4 bits, but g_idx has {rows}")
-        group_of = file.read(g_idx, (torch.int32, torch.int64), (K,)).long()
+            raise files.fail(qweight, f"{words} words a column are {K} rows of 4 bits, but g_idx has {rows}")
+        group_of = files.read(g_idx, (torch.int32, torch.int64), (K,)).long()
     group_size = config.get("group_size", -1)
     if not isinstance(group_size, int):
-        raise file.fail(scales, f"group_size={group_size!r} of the configuration is no integer")
+        raise files.fail(scales, f"group_size={group_size!r} of the configuration is no integer")
     if group_size < 1 or -(-K // group_size) != G:
         group_size = K // G if G and K % G == 0 else 0
     try:
         return regroup(words_to_bytes(q.T.contiguous()), s.T, zeros, group_size=group_size, group_of=group_of)
     except ValueError as error:
-        raise file.fail(scales if group_of is None else g_idx, str(error)) from error
+        raise files.fail(scales if group_of is None else g_idx, str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +35,45 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-class TensorFile:
-    """A safetensors file: shapes and types are known from its header, a tensor is read when it is asked for.
+class TensorFiles:
+    """Tensors in one or several safetensors files: shapes and types from the headers, a tensor read when asked for.
 
-    The header is checked against the length of the file when it is opened, so no size in it can make a reader
-    allocate more than the file holds.
+    Headers are checked against the lengths of the files when they are opened, so no size in them can make a reader
+    allocate more than the files hold.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.path = path
+        self.layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.metadata: dict[str, str] = {}
+        self._files: dict[str, tuple[Path, Any]] = {}
+        for file in files:
+            self._open(file)
+
+    def _open(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path = path
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
         try:
-            self._file = safe_open(path, "pt")
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-            self.layout = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-            self.metadata: dict[str, str] = self._file.metadata() or {}
+            file = safe_open(path, "pt")
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            layout = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            self.metadata |= file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
-        for name, (_, shape) in self.layout.items():
+        for name, (_, shape) in layout.items():
+            if name in self.layout:
+                raise ValueError(f"{path}: tensor {name!r}: it is also in {self._files[name][0].name}")
+            self._files[name] = path, file
             if 0 in shape and max(shape) > LARGEST_EMPTY:
                 raise self.fail(name, f"shape {list(shape)} is empty and too long")
+        self.layout |= layout
 
     def fail(self, name: str, text: str) -> ValueError:
         """The error to raise about tensor `name`."""
-        return ValueError(f"{self.path}: tensor {name!r}: {text}")
+        path = self._files[name][0] if name in self._files else self.path
+        return ValueError(f"{path}: tensor {name!r}: {text}")
 
     def shape(self, name: str, dims: int) -> tuple[int, ...]:
         """Shape of a tensor that must be there with so many dimensions, none of them 0."""
@@ -84,7 +97,7 @@ class TensorFile:
             raise self.fail(name, f"type {stored}; it must be {words}")
         if shape is not None and found != shape:
             raise self.fail(name, f"shape {list(found)}, expected {list(shape)}")
-        return self._file.get_tensor(name)
+        return self._files[name][1].get_tensor(name)
 
     def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A floating tensor of `shape` without NaN and infinities."""
