@@ -4,6 +4,7 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
 from .sparse_plan import SparsePlan
 
@@ -12,4 +13,4 @@ try:
 except metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadPatterns", "SparsePlan", "__version__", "implementations", "ops", "which"]
+__all__ = ["HeadPatterns", "KVCache", "SparsePlan", "__version__", "generate", "implementations", "ops", "which"]
