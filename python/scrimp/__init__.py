@@ -4,6 +4,7 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .loading import load
 from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
 from .sparse_plan import SparsePlan
@@ -13,4 +14,14 @@ try:
 except metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadPatterns", "KVCache", "SparsePlan", "__version__", "generate", "implementations", "ops", "which"]
+__all__ = [
+    "HeadPatterns",
+    "KVCache",
+    "SparsePlan",
+    "__version__",
+    "generate",
+    "implementations",
+    "load",
+    "ops",
+    "which",
+]
