@@ -1,0 +1,253 @@
+// linear, the loops: every output is one vector of partial sums over K, in the order of K, and one tree over its lanes.
+//
+// That order is the same for every number of rows, which makes a row's result independent of the others. Rows are
+// packed in groups of up to kGroup; a tile is kTile weights x a group of rows in registers. Weights are read from memory
+// once: a chunk of kPanel weights x kChunk bytes stays in the cache for all groups, while the next one is prefetched.
+#include "cpu/linear.h"
+
+#include "common/simd.h"
+#include "common/unroll.h"
+
+namespace scrimp::SCRIMP_ISA {
+namespace {
+
+constexpr int kTile = 4;                                         // weights of a tile
+constexpr int kGroup = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;  // rows of a tile: kTile * kGroup sums fill the registers
+constexpr int kPanel = 16;                                       // weights of a chunk
+constexpr int kStepBytes = 4 * kLanes;                           // of a weight, read at once
+constexpr int kChunk = 2560 / kStepBytes;                        // steps of a chunk at most
+constexpr int kLineSteps = 64 / kStepBytes;
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// How a weight's bytes become vectors: a step is kStepBytes of it, kVectors vectors of inputs.
+template <class T>
+struct Step;
+
+template <>
+struct Step<float> {
+  static constexpr int kVectors = 1;
+  static constexpr int kInputs = kLanes;
+  template <int V>
+  SCRIMP_INLINE static Vec load(const char* p) {
+    return SCRIMP_ISA::load(reinterpret_cast<const float*>(p));
+  }
+};
+
+// Inputs of even and odd index become a vector each.
+template <>
+struct Step<BFloat16> {
+  static constexpr int kVectors = 2;
+  static constexpr int kInputs = 2 * kLanes;
+  template <int V>
+  SCRIMP_INLINE static Vec load(const char* p) {
+    BitsVec bits;
+    memcpy(&bits, p, sizeof bits);
+    return (Vec)(V ? bits & 0xffff0000u : bits << 16);
+  }
+};
+
+// Lane sums of four vectors; each is the tree of lane i + lane i + n/2, n = kLanes, ..., 2.
+SCRIMP_INLINE Quad lane_sums(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  const __m512 va = (__m512)a, vb = (__m512)b, vc = (__m512)c, vd = (__m512)d;
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(va, vb, 0x44), _mm512_shuffle_f32x4(va, vb, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(vc, vd, 0x44), _mm512_shuffle_f32x4(vc, vd, 0xee));
+  const __m512 quads = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 pairs = _mm512_add_ps(quads, _mm512_permute_ps(quads, 0x4e));
+  const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+  const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+  return (Quad)_mm512_castps512_ps128(_mm512_permutexvar_ps(first, sums));
+#else
+  const auto quad = [](Vec x) -> Quad {
+#if defined(__AVX2__)
+    return (Quad)_mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+    return x;
+#endif
+  };
+  const Quad x = quad(a), y = quad(b), z = quad(c), w = quad(d);
+  const Quad xy = __builtin_shufflevector(x, y, 0, 4, 1, 5) + __builtin_shufflevector(x, y, 2, 6, 3, 7);
+  const Quad zw = __builtin_shufflevector(z, w, 0, 4, 1, 5) + __builtin_shufflevector(z, w, 2, 6, 3, 7);
+  return __builtin_shufflevector(xy, zw, 0, 1, 4, 5) + __builtin_shufflevector(xy, zw, 2, 3, 6, 7);
+#endif
+}
+
+// What a tile reads: `steps` whole steps of four weights, and where to prefetch the next chunk's from.
+struct Strip {
+  const char* weight[kTile];
+  int64_t steps;
+  const char* next;  // this group's share of the next chunk's first weight of the same tile
+  int64_t next_stride;
+  int64_t groups;
+};
+
+template <class T, int C>
+SCRIMP_INLINE void add_step(Vec (&sum)[kTile][C], const char* const (&weight)[kTile], int64_t at, const float* x) {
+  const auto half = [&](auto v) {
+    constexpr int V = decltype(v)::value - 1;
+    Vec row[C];
+    for_vectors<1, C>([&](int, int c) { row[c] = load(x + (V * C + c) * kLanes); });
+    for_vectors<kTile, 1>([&](int r, int) {
+      const Vec w = Step<T>::template load<V>(weight[r] + at);
+      for_vectors<1, C>([&](int, int c) { sum[r][c] = fma(w, row[c], sum[r][c]); });
+    });
+  };
+  half(Int<1>{});
+  if constexpr (Step<T>::kVectors == 2) half(Int<2>{});
+}
+
+// sum[r][c] += weight r * row c over the strip's inputs
+template <class T, int C>
+SCRIMP_INLINE void add_strip(Vec (&sum)[kTile][C], const Strip& strip, const float* x) {
+  const char* const weight[kTile] = {strip.weight[0], strip.weight[1], strip.weight[2], strip.weight[3]};
+  const char* next = strip.next;
+  const int64_t burst = strip.groups * kLineSteps;  // the groups share the next chunk's lines
+  for (int64_t step = 0; step < strip.steps; next += 64) {
+    for_vectors<kTile, 1>([&](int r, int) { __builtin_prefetch(next + r * strip.next_stride, 0, 2); });
+    const int64_t end = step + burst < strip.steps ? step + burst : strip.steps;
+    for (; step < end; ++step, x += Step<T>::kVectors * C * kLanes)
+      add_step<T, C>(sum, weight, step * kStepBytes, x);
+  }
+}
+
+// The groups of `rows`: as few as possible, of like size.
+struct Groups {
+  int64_t count, small, larger;  // `larger` groups have small + 1 rows
+
+  explicit Groups(int64_t rows) : count((rows + kGroup - 1) / kGroup), small(rows / count), larger(rows % count) {}
+
+  int64_t size(int64_t group) const { return small + (group < larger); }
+  int64_t first(int64_t group) const { return group * small + (group < larger ? group : larger); }
+};
+
+template <class T>
+int64_t padded(int64_t inputs) {
+  return (inputs + Step<T>::kInputs - 1) / Step<T>::kInputs * Step<T>::kInputs;
+}
+
+// packed[group][vector of inputs][row of the group][lane]
+template <class T>
+void pack(const LinearRows& r) {
+  const Groups groups(r.rows);
+  const int64_t pitch = padded<T>(r.inputs);
+  for (int64_t group = 0; group < groups.count; ++group) {
+    const int64_t size = groups.size(group), first = groups.first(group);
+    for (int64_t c = 0; c < size; ++c) {
+      const T* x = static_cast<const T*>(r.x[first + c]);
+      float* to = r.packed + first * pitch + c * kLanes;
+      for (int64_t k = 0; k < r.inputs; k += Step<T>::kInputs) {
+        T values[Step<T>::kInputs] = {};
+        const int64_t left = r.inputs - k;
+        memcpy(values, x + k, sizeof(T) * (left < Step<T>::kInputs ? left : Step<T>::kInputs));
+        store(to, Step<T>::template load<0>(reinterpret_cast<const char*>(values)));
+        to += size * kLanes;
+        if constexpr (Step<T>::kVectors == 2) {
+          store(to, Step<T>::template load<1>(reinterpret_cast<const char*>(values)));
+          to += size * kLanes;
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+struct Block {
+  const LinearBlock& b;
+  const Groups groups;
+  const int64_t whole, left;  // steps, and inputs behind them
+  const int64_t pitch, stride;
+  int64_t chunk;                      // steps
+  Vec partial[kPanel * kLinearRows];  // of the panel's tiles, group by group
+  float sums[kLinearRows][kLinearOutputs];
+
+  explicit Block(const LinearBlock& block)
+      : b(block),
+        groups(b.rows),
+        whole(b.inputs / Step<T>::kInputs),
+        left(b.inputs % Step<T>::kInputs),
+        pitch(padded<T>(b.inputs)),
+        stride(b.weight_stride * static_cast<int64_t>(sizeof(T))) {
+    const int64_t chunks = (whole + kChunk - 1) / kChunk;
+    chunk = chunks ? (whole + chunks - 1) / chunks : 0;
+  }
+
+  const char* weight(int64_t n) const {
+    n = n < b.outputs ? n : b.outputs - 1;
+    return static_cast<const char*>(b.weight) + n * stride;
+  }
+
+  // One tile's inputs of the chunk [step, step + steps) and, behind the last one, of the rest.
+  template <int C>
+  void tile(int64_t n, int64_t group, int64_t step, int64_t steps, const char* next, Vec* kept) {
+    const bool last = step + steps == whole;
+    Vec sum[kTile][C];
+    for_vectors<kTile, C>([&](int r, int c) { sum[r][c] = step ? kept[r * C + c] : Vec{}; });
+    const float* x = b.packed + groups.first(group) * pitch + step * C * Step<T>::kVectors * kLanes;
+    Strip strip{{}, steps, next, stride, groups.count};
+    for (int r = 0; r < kTile; ++r) strip.weight[r] = weight(n + r) + step * kStepBytes;
+    add_strip<T, C>(sum, strip, x);
+    if (!last) return for_vectors<kTile, C>([&](int r, int c) { kept[r * C + c] = sum[r][c]; });
+    if (left) {
+      char rest[kTile][kStepBytes] = {};
+      const char* rows[kTile];
+      for (int r = 0; r < kTile; ++r) {
+        memcpy(rest[r], strip.weight[r] + steps * kStepBytes, left * sizeof(T));
+        rows[r] = rest[r];
+      }
+      add_step<T, C>(sum, rows, 0, x + steps * C * Step<T>::kVectors * kLanes);
+    }
+    for_vectors<1, C>([&](int, int c) {
+      const Quad quad = lane_sums(sum[0][c], sum[1][c], sum[2][c], sum[3][c]);
+      memcpy(&sums[groups.first(group) + c][n], &quad, sizeof quad);
+    });
+  }
+
+  // Outputs [n, end) of all rows.
+  void panel(int64_t n, int64_t end) {
+    int64_t step = 0;
+    do {
+      const int64_t steps = whole - step < chunk ? whole - step : chunk;
+      const bool last = step + steps == whole;
+      const char* base = static_cast<const char*>(b.weight);
+      for (int64_t group = 0; group < groups.count; ++group) {
+        const int64_t share = group * ((chunk / kLineSteps + groups.count - 1) / groups.count) * 64;
+        Vec* kept = partial + kPanel * groups.first(group);
+        with_constant<kGroup>(groups.size(group), [&](auto size) {
+          for (int64_t at = n; at < end; at += kTile, kept += kTile * size.value) {
+            const char* next = last ? base + (at + kPanel) * stride : base + at * stride + (step + steps) * kStepBytes;
+            tile<size.value>(at, group, step, steps, next + share, kept);
+          }
+        });
+      }
+      step += steps;
+    } while (step < whole);
+  }
+
+  void run() {
+    for (int64_t n = 0; n < b.outputs; n += kPanel) panel(n, n + kPanel < b.outputs ? n + kPanel : b.outputs);
+    for (int64_t m = 0; m < b.rows; ++m) {
+      for (int64_t n = 0; n < b.outputs; n += kLanes) {
+        const int64_t count = b.outputs - n;
+        Vec y = load(&sums[m][n]);
+        if (b.bias) y += load_first(static_cast<const T*>(b.bias) + n, count);
+        if (b.residual) y += load_first(static_cast<const T*>(b.residual[m]) + b.residual_offset + n, count);
+        store_first(static_cast<T*>(b.out) + m * b.out_stride + n, y, count);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void linear_pack(const LinearRows& rows) { rows.bf16 ? pack<BFloat16>(rows) : pack<float>(rows); }
+
+void linear(const LinearBlock& block) {
+  if (block.bf16) {
+    Block<BFloat16>(block).run();
+  } else {
+    Block<float>(block).run();
+  }
+}
+
+}  // namespace scrimp::SCRIMP_ISA
