@@ -1,10 +1,11 @@
-"""The command line: `scrimp doctor`, `scrimp demo`, `scrimp bench`. A user's mistake is one line, never a traceback."""
+"""The command line: `scrimp generate`, `eval`, `demo`, ... A user's mistake is one line, never a traceback."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .commands import evaluate, generate
 from .demo import options as demo_options
 
 
@@ -50,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what runs on this machine, what does not, and why")
     demo = command("demo", _demo, "a real model reads a long prompt, with dense and with sparse attention")
     demo_options.add_arguments(demo)
+    generate.add_arguments(command("generate", generate.main, "stream a model's answer"))
+    evaluate.add_arguments(command("eval", evaluate.main, "perplexity of a model, and how far it is from another one"))
     calibrate = command("calibrate", _calibrate, "find the attention patterns of a model's heads, once")
     calibrate.add_argument("model", metavar="MODEL", help="a transformers model folder, or 'demo'")
     calibrate.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="texts like those to read (UTF-8)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -173,17 +173,30 @@ def prefill(
     cache.keep(b, done)
     cache.panels[b] = (min(by_panel, done), how)
     ids = torch.tensor(tokens[done:], dtype=torch.int64, device=model.device)[None]
-    keys, values = cache.of_sequence(b)
     state = None
-    for first in range(done, grid, PANEL):
-        state = panel(model, keys, values, ids[:, first - done : first - done + PANEL], first, patterns)
-        cache.tokens[b].extend(tokens[first : first + PANEL])
-        cache.panels[b] = (first + PANEL, how)
-    if not finish and panels:
-        return None
-    for first in range(max(done, grid), n, MAX_ROWS):
-        end = min(first + MAX_ROWS, n)
-        start = torch.tensor([first], dtype=torch.int32, device=model.device)
-        state = rows(model, keys, values, ids[:, first - done : end - done], start)
+    for first, end in spans(done, grid, n if finish or not panels else grid):
+        state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns)
         cache.tokens[b].extend(tokens[first:end])
+        if end <= grid:
+            cache.panels[b] = (end, how)
     return None if state is None or not finish else state[:, -1:]
+
+
+def spans(done: int, grid: int, n: int) -> Iterator[tuple[int, int]]:
+    """Pieces [first, end) of the tokens from `done` to `n`: panels up to `grid`, then at most MAX_ROWS at a time."""
+    first = done
+    while first < n:
+        end = first + PANEL if first < grid else min(first + MAX_ROWS, n)
+        yield first, end
+        first = end
+
+
+def advance(
+    cache: KVCache, b: int, tokens: Tensor, first: int, whole: bool, patterns: HeadPatterns | None = None
+) -> Tensor:
+    """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`."""
+    keys, values = cache.of_sequence(b)
+    if whole:
+        return panel(cache.model, keys, values, tokens, first, patterns)
+    start = torch.tensor([first], dtype=torch.int32, device=tokens.device)
+    return rows(cache.model, keys, values, tokens, start)
