@@ -255,7 +255,7 @@ def custom_generate(
     Args:
         seed: of the sampling, one for all sequences or one each (`generate(..., seed=1)`); unless given, torch's
             generator draws one for each.
-        streamer: transformers 5 does not pass its own on to a callable: functools.partial(custom_generate, streamer=...).
+        streamer: transformers 5 does not pass its own on to callables; bind it with functools.partial.
 
     Raises:
         ValueError: beams, a filled cache, embeddings as inputs, more than 64 sequences, or a model the loop cannot run.

@@ -105,8 +105,9 @@ def _faults(model: nn.Module, family: str) -> Iterator[str]:
     if getattr(base.rotary_emb, "rope_type", None) not in STATIC_ROPE:
         rope = getattr(base.rotary_emb, "rope_type", None)
         yield f"rope type {rope!r} is not one of {', '.join(STATIC_ROPE)}"
-    if _activation(base.layers[0].mlp.act_fn) is None:
-        yield f"activation {config.hidden_act!r} is not silu, gelu or gelu_pytorch_tanh"
+    if not base.layers:
+        yield "it has no layers"
+    yield from _layer_faults(base.layers)
     for option in ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "residual_multiplier"):
         if getattr(config, option, None) not in (None, 1.0):
             yield f"it has {option}={getattr(config, option)}"
@@ -115,8 +116,20 @@ def _faults(model: nn.Module, family: str) -> Iterator[str]:
     known = {"full_attention", "sliding_attention"}
     if set(getattr(config, "layer_types", None) or known) - known:
         yield f"its layers are of types {sorted(set(config.layer_types))}"
-    if not base.layers:
-        yield "it has no layers"
+
+
+def _layer_faults(layers: Any) -> Iterator[str]:
+    first = layers[0].self_attn
+    H, G, D = first.config.num_attention_heads, first.config.num_key_value_heads, first.head_dim
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        if _activation(mlp.act_fn) is None or type(mlp.act_fn) is not type(layers[0].mlp.act_fn):
+            yield f"its activation {type(mlp.act_fn).__name__} is not SiLU or GELU, or not alike in all layers"
+        if (attention.head_dim, attention.scaling) != (D, first.scaling):
+            yield "its layers have heads of several kinds"
+        sizes = fuse([attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj]).sizes
+        if sizes[:3] != (H * D, G * D, G * D) or fuse([mlp.up_proj]).sizes != sizes[3:]:
+            yield f"its projections give {sizes} numbers, which do not fit {H} and {G} heads of {D}"
 
 
 def _activation(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
