@@ -14,7 +14,6 @@ constexpr int kStripRows = 6;
 constexpr int kStripVectors = kLanes == 16 ? 4 : 2;
 constexpr int kStrips = kPitch / kLanes / kStripVectors;  // strips side by side in a full row
 constexpr int64_t kLine = 16;                             // floats in a cache line
-constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
 template <int N>
