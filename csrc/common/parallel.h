@@ -15,8 +15,13 @@ inline int64_t worker_count(int64_t items) { return std::min<int64_t>(items, tor
 // that which thread gets an item depends on timing: the result must not. `work` must not throw.
 template <class Work>
 void for_each_item(int64_t items, const Work& work) {
+  const int64_t workers = worker_count(items);
+  if (workers <= 1) {
+    for (int64_t item = 0; item < items; ++item) work(item, 0);
+    return;
+  }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, worker_count(items), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item, worker);
   });

@@ -29,6 +29,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+constexpr float kLog2E = 1.44269504f;
+
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitsVec __attribute__((vector_size(4 * kLanes)));
@@ -61,6 +63,15 @@ SCRIMP_INLINE void store(BFloat16* p, Vec x) {
   const BitsVec quiet = bits >> 16 | 0x40;
   const HalfVec half = __builtin_convertvector(x == x ? rounded : quiet, HalfVec);
   memcpy(p, &half, sizeof half);
+}
+
+// x rounded to what a T holds.
+template <class T>
+SCRIMP_INLINE Vec round_to(Vec x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  T rounded[kLanes];
+  store(rounded, x);
+  return load(rounded);
 }
 
 // The first n of kLanes elements, zeros behind them.
@@ -103,6 +114,18 @@ SCRIMP_INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 
 SCRIMP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// The lanes' sum, halves first: always in the same order.
+SCRIMP_INLINE float sum_lanes(Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
 
 // 0, 1, 2, ... kLanes - 1.
 SCRIMP_INLINE Vec lane_index() {
