@@ -1,8 +1,8 @@
 // linear, the loops: every output is one vector of partial sums over K, in the order of K, and one tree over its lanes.
 //
-// That order is the same for every number of rows, which makes a row's result independent of the others. Rows are
-// packed in groups of up to kGroup; a tile is kTile weights x a group of rows in registers. Weights are read from memory
-// once: a chunk of kPanel weights x kChunk bytes stays in the cache for all groups, while the next one is prefetched.
+// That order is the same for every number of rows, which makes a row's result independent of the others. A tile is
+// kTile weights x a group of rows, whose sums stay in registers. A chunk of the kTile weights stays in the cache while
+// all groups use it and the next chunk is prefetched, so every weight is read from memory once.
 #include "cpu/linear.h"
 
 #include "common/simd.h"
@@ -11,16 +11,15 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr int kTile = 4;                                         // weights of a tile
-constexpr int kGroup = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;  // rows of a tile: kTile * kGroup sums fill the registers
-constexpr int kPanel = 16;                                       // weights of a chunk
-constexpr int kStepBytes = 4 * kLanes;                           // of a weight, read at once
-constexpr int kChunk = 2560 / kStepBytes;                        // steps of a chunk at most
+constexpr int kTile = 4;                // weights of a tile
+constexpr int kStepBytes = 4 * kLanes;  // of a weight, read at once
 constexpr int kLineSteps = 64 / kStepBytes;
+constexpr int kChunk = 4096 / kStepBytes;  // steps of a chunk at most
 
 typedef float Quad __attribute__((vector_size(16)));
 
-// How a weight's bytes become vectors: a step is kStepBytes of it, kVectors vectors of inputs.
+// How a weight's bytes become vectors: a step is kStepBytes of it, kVectors vectors of inputs. At most kGroup rows are
+// a group: what the registers hold.
 template <class T>
 struct Step;
 
@@ -28,6 +27,7 @@ template <>
 struct Step<float> {
   static constexpr int kVectors = 1;
   static constexpr int kInputs = kLanes;
+  static constexpr int kGroup = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;
   template <int V>
   SCRIMP_INLINE static Vec load(const char* p) {
     return SCRIMP_ISA::load(reinterpret_cast<const float*>(p));
@@ -39,6 +39,7 @@ template <>
 struct Step<BFloat16> {
   static constexpr int kVectors = 2;
   static constexpr int kInputs = 2 * kLanes;
+  static constexpr int kGroup = kLanes == 16 ? 5 : 2;
   template <int V>
   SCRIMP_INLINE static Vec load(const char* p) {
     BitsVec bits;
@@ -73,11 +74,11 @@ SCRIMP_INLINE Quad lane_sums(Vec a, Vec b, Vec c, Vec d) {
 #endif
 }
 
-// What a tile reads: `steps` whole steps of four weights, and where to prefetch the next chunk's from.
+// A tile's part of a chunk.
 struct Strip {
   const char* weight[kTile];
   int64_t steps;
-  const char* next;  // this group's share of the next chunk's first weight of the same tile
+  const char* next;  // this group's share of the next chunk of the tile's first weight
   int64_t next_stride;
   int64_t groups;
 };
@@ -106,8 +107,7 @@ SCRIMP_INLINE void add_strip(Vec (&sum)[kTile][C], const Strip& strip, const flo
   for (int64_t step = 0; step < strip.steps; next += 64) {
     for_vectors<kTile, 1>([&](int r, int) { __builtin_prefetch(next + r * strip.next_stride, 0, 2); });
     const int64_t end = step + burst < strip.steps ? step + burst : strip.steps;
-    for (; step < end; ++step, x += Step<T>::kVectors * C * kLanes)
-      add_step<T, C>(sum, weight, step * kStepBytes, x);
+    for (; step < end; ++step, x += Step<T>::kVectors * C * kLanes) add_step<T, C>(sum, weight, step * kStepBytes, x);
   }
 }
 
@@ -115,7 +115,7 @@ SCRIMP_INLINE void add_strip(Vec (&sum)[kTile][C], const Strip& strip, const flo
 struct Groups {
   int64_t count, small, larger;  // `larger` groups have small + 1 rows
 
-  explicit Groups(int64_t rows) : count((rows + kGroup - 1) / kGroup), small(rows / count), larger(rows % count) {}
+  Groups(int64_t rows, int64_t most) : count((rows + most - 1) / most), small(rows / count), larger(rows % count) {}
 
   int64_t size(int64_t group) const { return small + (group < larger); }
   int64_t first(int64_t group) const { return group * small + (group < larger ? group : larger); }
@@ -129,24 +129,28 @@ int64_t padded(int64_t inputs) {
 // packed[group][vector of inputs][row of the group][lane]
 template <class T>
 void pack(const LinearRows& r) {
-  const Groups groups(r.rows);
-  const int64_t pitch = padded<T>(r.inputs);
+  constexpr int kInputs = Step<T>::kInputs;
+  const Groups groups(r.rows, Step<T>::kGroup);
+  const int64_t pitch = padded<T>(r.inputs), whole = r.inputs / kInputs * kInputs;
   for (int64_t group = 0; group < groups.count; ++group) {
     const int64_t size = groups.size(group), first = groups.first(group);
+    const auto put = [&](const T* x, float*& to) {
+      const char* bytes = reinterpret_cast<const char*>(x);
+      store(to, Step<T>::template load<0>(bytes));
+      to += size * kLanes;
+      if constexpr (Step<T>::kVectors == 2) {
+        store(to, Step<T>::template load<1>(bytes));
+        to += size * kLanes;
+      }
+    };
     for (int64_t c = 0; c < size; ++c) {
       const T* x = static_cast<const T*>(r.x[first + c]);
       float* to = r.packed + first * pitch + c * kLanes;
-      for (int64_t k = 0; k < r.inputs; k += Step<T>::kInputs) {
-        T values[Step<T>::kInputs] = {};
-        const int64_t left = r.inputs - k;
-        memcpy(values, x + k, sizeof(T) * (left < Step<T>::kInputs ? left : Step<T>::kInputs));
-        store(to, Step<T>::template load<0>(reinterpret_cast<const char*>(values)));
-        to += size * kLanes;
-        if constexpr (Step<T>::kVectors == 2) {
-          store(to, Step<T>::template load<1>(reinterpret_cast<const char*>(values)));
-          to += size * kLanes;
-        }
-      }
+      for (int64_t k = 0; k < whole; k += kInputs) put(x + k, to);
+      if (whole == r.inputs) continue;
+      T rest[kInputs] = {};
+      memcpy(rest, x + whole, sizeof(T) * (r.inputs - whole));
+      put(rest, to);
     }
   }
 }
@@ -156,46 +160,38 @@ struct Block {
   const LinearBlock& b;
   const Groups groups;
   const int64_t whole, left;  // steps, and inputs behind them
-  const int64_t pitch, stride;
-  int64_t chunk;                      // steps
-  Vec partial[kPanel * kLinearRows];  // of the panel's tiles, group by group
+  const int64_t chunks, pitch, stride;
+  Vec kept[kTile * kLinearRows];  // a tile's sums between chunks, group by group
   float sums[kLinearRows][kLinearOutputs];
 
   explicit Block(const LinearBlock& block)
       : b(block),
-        groups(b.rows),
+        groups(b.rows, Step<T>::kGroup),
         whole(b.inputs / Step<T>::kInputs),
         left(b.inputs % Step<T>::kInputs),
+        chunks(whole ? (whole + kChunk - 1) / kChunk : 1),
         pitch(padded<T>(b.inputs)),
-        stride(b.weight_stride * static_cast<int64_t>(sizeof(T))) {
-    const int64_t chunks = (whole + kChunk - 1) / kChunk;
-    chunk = chunks ? (whole + chunks - 1) / chunks : 0;
-  }
+        stride(b.weight_stride * static_cast<int64_t>(sizeof(T))) {}
 
-  const char* weight(int64_t n) const {
-    n = n < b.outputs ? n : b.outputs - 1;
-    return static_cast<const char*>(b.weight) + n * stride;
-  }
-
-  // One tile's inputs of the chunk [step, step + steps) and, behind the last one, of the rest.
+  // The sums of outputs [n, n + kTile) and one group: the strip's inputs and, with its last one, those left.
   template <int C>
-  void tile(int64_t n, int64_t group, int64_t step, int64_t steps, const char* next, Vec* kept) {
-    const bool last = step + steps == whole;
+  void tile(int64_t n, int64_t group, int64_t step, const Strip& strip) {
+    Vec* keep = kept + kTile * groups.first(group);
     Vec sum[kTile][C];
-    for_vectors<kTile, C>([&](int r, int c) { sum[r][c] = step ? kept[r * C + c] : Vec{}; });
-    const float* x = b.packed + groups.first(group) * pitch + step * C * Step<T>::kVectors * kLanes;
-    Strip strip{{}, steps, next, stride, groups.count};
-    for (int r = 0; r < kTile; ++r) strip.weight[r] = weight(n + r) + step * kStepBytes;
+    for_vectors<kTile, C>([&](int r, int c) { sum[r][c] = step ? keep[r * C + c] : Vec{}; });
+    constexpr int64_t pitch_of_step = C * Step<T>::kVectors * kLanes;
+    const float* x = b.packed + groups.first(group) * pitch + step * pitch_of_step;
     add_strip<T, C>(sum, strip, x);
-    if (!last) return for_vectors<kTile, C>([&](int r, int c) { kept[r * C + c] = sum[r][c]; });
+    if (step + strip.steps < whole) {
+      return for_vectors<kTile, C>([&](int r, int c) { keep[r * C + c] = sum[r][c]; });
+    }
     if (left) {
       char rest[kTile][kStepBytes] = {};
-      const char* rows[kTile];
       for (int r = 0; r < kTile; ++r) {
-        memcpy(rest[r], strip.weight[r] + steps * kStepBytes, left * sizeof(T));
-        rows[r] = rest[r];
+        memcpy(rest[r], strip.weight[r] + strip.steps * kStepBytes, left * static_cast<int64_t>(sizeof(T)));
       }
-      add_step<T, C>(sum, rows, 0, x + steps * C * Step<T>::kVectors * kLanes);
+      const char* const rows[kTile] = {rest[0], rest[1], rest[2], rest[3]};
+      add_step<T, C>(sum, rows, 0, x + strip.steps * pitch_of_step);
     }
     for_vectors<1, C>([&](int, int c) {
       const Quad quad = lane_sums(sum[0][c], sum[1][c], sum[2][c], sum[3][c]);
@@ -203,29 +199,25 @@ struct Block {
     });
   }
 
-  // Outputs [n, end) of all rows.
-  void panel(int64_t n, int64_t end) {
-    int64_t step = 0;
-    do {
-      const int64_t steps = whole - step < chunk ? whole - step : chunk;
-      const bool last = step + steps == whole;
-      const char* base = static_cast<const char*>(b.weight);
+  // The sums of outputs [n, n + kTile), for all rows. Behind the last output they are those of the last one.
+  void outputs(int64_t n) {
+    const char* first = static_cast<const char*>(b.weight) + n * stride;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t step = whole * chunk / chunks, end = whole * (chunk + 1) / chunks;
+      const char* next = chunk + 1 < chunks ? first + end * kStepBytes : first + kTile * stride;
+      const int64_t share = (end - step + groups.count - 1) / groups.count * kStepBytes;
       for (int64_t group = 0; group < groups.count; ++group) {
-        const int64_t share = group * ((chunk / kLineSteps + groups.count - 1) / groups.count) * 64;
-        Vec* kept = partial + kPanel * groups.first(group);
-        with_constant<kGroup>(groups.size(group), [&](auto size) {
-          for (int64_t at = n; at < end; at += kTile, kept += kTile * size.value) {
-            const char* next = last ? base + (at + kPanel) * stride : base + at * stride + (step + steps) * kStepBytes;
-            tile<size.value>(at, group, step, steps, next + share, kept);
-          }
-        });
+        Strip strip{{}, end - step, next + group * share, stride, groups.count};
+        for (int r = 0; r < kTile; ++r) {
+          strip.weight[r] = first + (n + r < b.outputs ? r : b.outputs - 1 - n) * stride + step * kStepBytes;
+        }
+        with_constant<Step<T>::kGroup>(groups.size(group), [&](auto size) { tile<size.value>(n, group, step, strip); });
       }
-      step += steps;
-    } while (step < whole);
+    }
   }
 
   void run() {
-    for (int64_t n = 0; n < b.outputs; n += kPanel) panel(n, n + kPanel < b.outputs ? n + kPanel : b.outputs);
+    for (int64_t n = 0; n < b.outputs; n += kTile) outputs(n);
     for (int64_t m = 0; m < b.rows; ++m) {
       for (int64_t n = 0; n < b.outputs; n += kLanes) {
         const int64_t count = b.outputs - n;
