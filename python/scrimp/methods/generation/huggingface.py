@@ -6,7 +6,7 @@ transformers is not imported here: the classes are told by their names and the m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,7 +49,9 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
     family = getattr(config, "model_type", None)
     if type(model).__name__ != CLASSES.get(str(family)) or type(model).__module__ != _module_of(str(family)):
         raise UnsupportedModelError(model, f"its type is {family!r}")
-    for reason in _faults(model, str(family)):
+    modules = dict(model.named_modules())
+    tensors = _tensors(modules.values())
+    for reason in _faults(model, modules, tensors):
         raise UnsupportedModelError(model, reason)
     base: Any = model.model
     attention = base.layers[0].self_attn
@@ -67,7 +69,7 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
         scale=float(attention.scaling),
         context=int(config.max_position_embeddings),  # type: ignore[union-attr]
         eos=_eos(model),
-        weights=tuple((t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)),
+        weights=tuple((t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
     )
 
 
@@ -75,29 +77,33 @@ def _module_of(family: str) -> str:
     return f"transformers.models.{family}.modeling_{family}"
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    found: dict[int, Tensor] = {}
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
-def _faults(model: nn.Module, family: str) -> Iterator[str]:
+def _faults(model: nn.Module, modules: dict[str, nn.Module], tensors: list[Tensor]) -> Iterator[str]:
     """Reasons not to run the model, the first one counts."""
     config: Any = model.config
     base: Any = model.model
-    own = (_module_of(family), "transformers.activations", "torch.nn.modules")
-    for name, module in model.named_modules():
+    own = (_module_of(config.model_type), "transformers.activations", "torch.nn.modules")
+    for name, module in modules.items():
         if not (is_linear(module) or type(module).__module__.startswith(own)):
             yield f"its module {name!r} is a {type(module).__module__}.{type(module).__name__}"
-        if "forward" in vars(module):
+        if "forward" in module.__dict__:
             yield f"the forward of its module {name!r} has been replaced"
         if module._forward_hooks or module._forward_pre_hooks:
             yield f"its module {name!r} has forward hooks, which the loop would not call"
-    tensors = list(_tensors(model))
     if {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter, nn.Buffer}:
         yield f"it holds tensors of type {sorted({type(t).__name__ for t in tensors})}"
     if any(type(tensor.data) is not Tensor for tensor in tensors):
         yield "some of its parameters are of a subclass of torch.Tensor"
-    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    floats = {t.dtype for t in tensors if isinstance(t, nn.Parameter) and t.is_floating_point()}
     if len(floats) != 1 or not floats <= set(DTYPES):
         yield f"its parameters are {' and '.join(sorted(str(d).removeprefix('torch.') for d in floats))}"
     if len({tensor.device for tensor in tensors}) != 1 or tensors[0].is_meta:
