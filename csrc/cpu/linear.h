@@ -19,7 +19,7 @@ struct LinearRows {
   bool bf16;
 };
 
-// Up to kLinearOutputs outputs of one weight, for all rows; weight, bias, residual and out share their dtype.
+// Outputs of one weight, at most kLinearOutputs for `linear`, for all rows; bias, residual and out are of its dtype.
 struct LinearBlock {
   int64_t rows, inputs, outputs;
   const float* packed;
@@ -35,4 +35,6 @@ struct LinearBlock {
 
 }  // namespace scrimp
 
-SCRIMP_DECLARE_KERNEL(void linear_pack(const LinearRows& rows); void linear(const LinearBlock& block))
+// linear_pack packs x, linear computes a block from that, linear_add adds bias and residual to products in `out`.
+SCRIMP_DECLARE_KERNEL(void linear_pack(const LinearRows& rows); void linear(const LinearBlock& block);
+                      void linear_add(const LinearBlock& block))

@@ -155,6 +155,23 @@ void pack(const LinearRows& r) {
   }
 }
 
+// Row m of the output: products + bias + residual.
+template <class T, class Product>
+void finish(const LinearBlock& b, int64_t m, const Product* products) {
+  for (int64_t n = 0; n < b.outputs; n += kLanes) {
+    const int64_t count = b.outputs - n;
+    Vec y = load_first(products + n, count);
+    if (b.bias) y += load_first(static_cast<const T*>(b.bias) + n, count);
+    if (b.residual) y += load_first(static_cast<const T*>(b.residual[m]) + b.residual_offset + n, count);
+    store_first(static_cast<T*>(b.out) + m * b.out_stride + n, y, count);
+  }
+}
+
+template <class T>
+void add(const LinearBlock& b) {
+  for (int64_t m = 0; m < b.rows; ++m) finish<T>(b, m, static_cast<const T*>(b.out) + m * b.out_stride);
+}
+
 template <class T>
 struct Block {
   const LinearBlock& b;
@@ -218,15 +235,7 @@ struct Block {
 
   void run() {
     for (int64_t n = 0; n < b.outputs; n += kTile) outputs(n);
-    for (int64_t m = 0; m < b.rows; ++m) {
-      for (int64_t n = 0; n < b.outputs; n += kLanes) {
-        const int64_t count = b.outputs - n;
-        Vec y = load(&sums[m][n]);
-        if (b.bias) y += load_first(static_cast<const T*>(b.bias) + n, count);
-        if (b.residual) y += load_first(static_cast<const T*>(b.residual[m]) + b.residual_offset + n, count);
-        store_first(static_cast<T*>(b.out) + m * b.out_stride + n, y, count);
-      }
-    }
+    for (int64_t m = 0; m < b.rows; ++m) finish<T>(b, m, sums[m]);
   }
 };
 
@@ -234,12 +243,8 @@ struct Block {
 
 void linear_pack(const LinearRows& rows) { rows.bf16 ? pack<BFloat16>(rows) : pack<float>(rows); }
 
-void linear(const LinearBlock& block) {
-  if (block.bf16) {
-    Block<BFloat16>(block).run();
-  } else {
-    Block<float>(block).run();
-  }
-}
+void linear(const LinearBlock& block) { block.bf16 ? Block<BFloat16>(block).run() : Block<float>(block).run(); }
+
+void linear_add(const LinearBlock& block) { block.bf16 ? add<BFloat16>(block) : add<float>(block); }
 
 }  // namespace scrimp::SCRIMP_ISA

@@ -78,8 +78,9 @@ def linear(
 
     y = concat_i(x W_i^T + b_i) + residual
 
-    For up to 64 rows in all, each weight is read from memory once and a row's result is bitwise the same whatever
-    the other rows, their number and the number of threads are. Products are summed in fp32 and rounded once.
+    For up to 64 rows in all, each weight is read from memory once, products are summed in fp32 and rounded once, and a
+    row's result is bitwise the same whatever the other rows, their number and the number of threads are. More rows go
+    through torch's matrix product, which is faster from there on and promises none of this.
 
     Args:
         x: `[.., K]` fp32 or bf16; any strides (cheapest where the last is 1).
@@ -98,7 +99,11 @@ def linear(
     >>> scrimp.ops.linear(x, [up, down], [None, torch.ones(1)]).tolist()
     [[8.0, 8.0, 8.0, -7.0], [8.0, 8.0, 8.0, -7.0]]
     """
-    weights = [weights] if isinstance(weights, Tensor) else list(weights)
-    biases = [biases] if isinstance(biases, Tensor) else list(biases or ())
-    _check(x, weights, biases, residual)
-    return _call(x, weights, biases, residual)
+    if isinstance(weights, Tensor):
+        weights = [weights]
+    biases = [] if biases is None else [biases] if isinstance(biases, Tensor) else biases
+    try:  # decoding calls this often: the kernel's checks come first, the words of _check only where one fails
+        return _call(x, weights, biases, residual)
+    except RuntimeError:
+        _check(x, weights, biases, residual)
+        raise
