@@ -108,9 +108,8 @@ def main(words: Sequence[str] | None = None) -> int:
     grown = growth(model, asked.calls, min(asked.calls, 300)) / 2**20
     print(f"{asked.calls} calls: memory grew by {grown:.1f} MiB")
     agree = threads_agree(model, max(1, asked.calls // 50), asked.threads)
-    print(
-        f"{asked.threads} threads, {max(1, asked.calls // 50)} calls each: {'same tokens' if agree else 'DIFFERENT tokens'}"
-    )
+    verdict = "the same tokens" if agree else "DIFFERENT tokens"
+    print(f"{asked.threads} threads, {max(1, asked.calls // 50)} calls each: {verdict}")
     return 0 if grown <= 16 and agree else 1
 
 

@@ -31,21 +31,24 @@ class Reader:
     Args:
         model: a Hugging Face model for causal language modelling.
         patterns: sparse attention in panels (the engine's).
+        stock: read by the model's own code whatever the engine knows.
 
     Attributes:
         by_engine: which of the two it is.
     """
 
-    def __init__(self, model: nn.Module, patterns: HeadPatterns | None = None) -> None:
+    def __init__(self, model: nn.Module, patterns: HeadPatterns | None = None, stock: bool = False) -> None:
         self.model: Any = model
         self.patterns = patterns
+        self.by_engine = False
+        if stock:
+            return
         try:
             self.view = decoder_model(model)
             self.by_engine = True
         except UnsupportedModelError:
             if patterns is not None:
                 raise
-            self.by_engine = False
 
     @torch.inference_mode()
     def states(self, tokens: Tensor) -> Tensor:
