@@ -67,7 +67,12 @@ def compare(model: Any, exact: Any, prompts: Sequence[list[int]], new: int, step
     found = []
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
-        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": new,
+            "do_sample": False,
+            "eos_token_id": model.config.vocab_size,
+            "pad_token_id": 0,
+        }
         theirs = model.generate(ids, **options)[0, len(prompt) :].tolist()
         answer: Any = scrimp.generate(model, prompt, max_new_tokens=new, ignore_eos=True)
         ours = answer.tokens

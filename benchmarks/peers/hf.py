@@ -24,7 +24,7 @@ def e2e(model: Any, ids: Tensor, new: int, **options: Any) -> Peer:
 
     def call() -> Tensor:
         found: Tensor = model.generate(
-            ids, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0, **options
+            ids, max_new_tokens=new, do_sample=False, eos_token_id=model.config.vocab_size, pad_token_id=0, **options
         )
         return found[:, ids.shape[1] :]
 
