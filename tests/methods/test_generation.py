@@ -1,7 +1,7 @@
 """The decoding loop against Hugging Face's own code, and everything that a generation can be asked for."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, PreTr
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import scrimp
-from scrimp.methods.generation import KVCache, Piece, UnsupportedModelError, decoder_model, forward, stream
+from scrimp.methods.generation import KVCache, Linear, Piece, UnsupportedModelError, decoder_model, forward, stream
 from scrimp.methods.generation.text import TextStream
 
 Tiny = Callable[[str], PreTrainedModel]
@@ -232,6 +232,47 @@ def test_parameters_are_not_copied(tiny: Tiny) -> None:
     for linear in (layer.qkv, layer.o, layer.gate_up, layer.down, view.head):
         held += [*linear.weights, *(b for b in linear.biases if b is not None)]  # type: ignore[attr-defined]
     assert {tensor.data_ptr() for tensor in held} <= own
+
+
+class Halves(torch.nn.Module):
+    """A linear of another kind: keeps half its weight and plugs into the loop by `engine_linear`."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.stored = torch.nn.Parameter(linear.weight.detach() / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (2 * self.stored).T
+
+    @staticmethod
+    def engine_linear(modules: Sequence["Halves"]) -> Linear:
+        class Run:
+            sizes = tuple(module.stored.shape[0] for module in modules)
+
+            def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+                calls.append(len(modules))
+                return scrimp.ops.linear(x, [2 * module.stored for module in modules], None, residual)
+
+        return Run()
+
+
+calls: list[int] = []
+
+
+def test_other_linears_plug_in(tiny: Tiny) -> None:
+    """Alone, fused with their kind, and beside a dense one; the loop does not know."""
+    plain = tiny("llama")
+    model = copy.deepcopy(plain)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = Halves(layer.self_attn.k_proj)
+        layer.mlp.gate_proj, layer.mlp.up_proj = Halves(layer.mlp.gate_proj), Halves(layer.mlp.up_proj)
+        layer.mlp.down_proj = Halves(layer.mlp.down_proj)
+    calls.clear()
+    tokens = prompt(70)
+    assert scrimp.generate(model, tokens, max_new_tokens=10).tokens == (
+        scrimp.generate(plain, tokens, max_new_tokens=10).tokens
+    )
+    assert calls[:6] == [1, 2, 1] * 2
 
 
 class Doubled(torch.nn.Linear):

@@ -55,7 +55,7 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
         raise UnsupportedModelError(model, reason)
     base: Any = model.model
     attention = base.layers[0].self_attn
-    return DecoderModel(
+    view = DecoderModel(
         name=str(getattr(config, "name_or_path", "") or type(model).__name__),
         embedding=base.embed_tokens.weight,
         layers=tuple(_layer(layer, config) for layer in base.layers[: config.num_hidden_layers]),  # type: ignore[union-attr]
@@ -71,6 +71,12 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
         eos=_eos(model),
         weights=tuple((t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
     )
+    H, G, D = view.heads, view.kv_heads, view.head_dim
+    for layer in view.layers:
+        sizes = (*layer.qkv.sizes, *layer.gate_up.sizes)
+        if sizes[:3] != (H * D, G * D, G * D) or sizes[3] != sizes[4]:
+            raise UnsupportedModelError(model, f"its projections give {sizes} numbers, for {H} and {G} heads of {D}")
+    return view
 
 
 def _module_of(family: str) -> str:
@@ -125,17 +131,13 @@ def _faults(model: nn.Module, modules: dict[str, nn.Module], tensors: list[Tenso
 
 
 def _layer_faults(layers: Any) -> Iterator[str]:
-    first = layers[0].self_attn
-    H, G, D = first.config.num_attention_heads, first.config.num_key_value_heads, first.head_dim
+    first = layers[0]
     for layer in layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        if _activation(mlp.act_fn) is None or type(mlp.act_fn) is not type(layers[0].mlp.act_fn):
-            yield f"its activation {type(mlp.act_fn).__name__} is not SiLU or GELU, or not alike in all layers"
-        if (attention.head_dim, attention.scaling) != (D, first.scaling):
-            yield "its layers have heads of several kinds"
-        sizes = fuse([attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj]).sizes
-        if sizes[:3] != (H * D, G * D, G * D) or fuse([mlp.up_proj]).sizes != sizes[3:]:
-            yield f"its projections give {sizes} numbers, which do not fit {H} and {G} heads of {D}"
+        if _activation(layer.mlp.act_fn) is None or type(layer.mlp.act_fn) is not type(first.mlp.act_fn):
+            yield f"its activation {type(layer.mlp.act_fn).__name__} is not SiLU or GELU, or not alike in all layers"
+        kinds = [(each.self_attn.head_dim, each.self_attn.scaling) for each in (layer, first)]
+        if kinds[0] != kinds[1]:
+            yield f"its layers have heads of several kinds: {kinds}"
 
 
 def _activation(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:

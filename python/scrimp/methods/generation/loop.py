@@ -178,7 +178,7 @@ def _next_tokens(
         row = row.float()
         if len(sequence.new) < minimum:
             row = row.clone()
-            row[list(ends)] = -math.inf
+            row[[token for token in ends if 0 <= token < len(row)]] = -math.inf
         if processors:
             held = torch.tensor([sequence.prompt + sequence.new], device=row.device)
             for process in processors:
