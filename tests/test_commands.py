@@ -39,14 +39,19 @@ def test_load_a_folder(folder: Path) -> None:
 
 
 def test_load_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no network\nand more words")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"PK\x03\x04")
     for source, error, message in (
         (tmp_path, ValueError, "is not the folder of a transformers model: it has no config.json"),
         (tmp_path / "none.gguf", ValueError, "there is no file .*none.gguf"),
         (wrong, OSError, "is not a GGUF file: it begins with b'PK"),
-        ("./no/such/folder", ValueError, "there is no folder ./no/such/folder, and it is not a name on the"),
+        ("./no/such/folder", ValueError, "there is no folder ./no/such/folder"),
+        ("typo", ValueError, "there is no folder typo .and a name on the Hugging Face Hub is written OWNER/MODEL"),
+        ("nobody/nothing-here", OSError, "nobody/nothing-here: no such folder here, and not from the Hub: no network$"),
     ):
         with pytest.raises(error, match=message):
             scrimp.load(source)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+NETWORK_TIMEOUT_S = 5
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +21,7 @@ def load(
     """Loads a model for inference, with torch's own attention (SDPA), and its tokenizer. No code of the source is run.
 
     Args:
-        source: a folder that transformers can load, a .gguf file (its weights become `dtype`), or else a name on the
+        source: a folder that transformers can load, a .gguf file (its weights become `dtype`), or OWNER/MODEL on the
             Hugging Face Hub.
         dtype: of the weights; "auto" for that of the file.
 
@@ -44,12 +46,24 @@ def load(
         return _from_pretrained(path, dtype)
     if isinstance(source, Path) or path.exists():
         raise ValueError(f"{source} is not the folder of a transformers model: it has no config.json")
-    if not 1 <= len(str(source).split("/")) <= 2 or str(source).startswith((".", "/")):
-        raise ValueError(f"there is no folder {source}, and it is not a name on the Hugging Face Hub")
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {name} (and a name on the Hugging Face Hub is written OWNER/MODEL)")
     try:
-        return _from_pretrained(source, dtype)
-    except OSError as error:
-        raise OSError(f"{source}: no such folder here, and not from the Hub: {_first_line(error)}") from error
+        return _from_pretrained(name, dtype, local_files_only=True)
+    except OSError:
+        _ask_hub(name)
+    return _from_pretrained(name, dtype)
+
+
+def _ask_hub(name: str) -> None:
+    """Raises OSError at once where transformers would try again for a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=NETWORK_TIMEOUT_S)
+    except Exception as error:  # the Hub client's network errors have no base class of its own
+        raise OSError(f"{name}: no such folder here, and not from the Hub: {_first_line(error)}") from error
 
 
 def _from_pretrained(source: str | Path, dtype: torch.dtype | str, **options: Any) -> Any:
