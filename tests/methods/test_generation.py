@@ -333,6 +333,14 @@ def test_what_is_not_understood_is_refused(change: Callable[[Any], None], tiny: 
     assert "It runs Llama (SmolLM2 among them), Mistral, Qwen2 and Qwen3" in str(error.value)
 
 
+def test_hooks_that_transformers_leaves_behind_do_no_harm(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    assert scrimp.generate(model, [1, 2], max_new_tokens=2) == scrimp.generate(tiny("llama"), [1, 2], max_new_tokens=2)
+
+
 def test_other_families_are_refused() -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=16, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UnsupportedModelError, match="cannot run this GPT2LMHeadModel: its type is 'gpt2'"):
