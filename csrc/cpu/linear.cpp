@@ -153,9 +153,10 @@ static void few_rows(const Problem& p, const Tensor& out) {
 // More rows: torch's matrix product writes y, then biases and residual are added.
 static void many_rows(const Problem& p, const Tensor& out) {
   using torch::stable::detail::from;
-  const Tensor x = torch::stable::reshape(p.x, {p.M, p.K}), y = torch::stable::view(out, {p.M, p.N});
+  const Tensor x = torch::stable::reshape(p.x, {p.M, p.K});
+  Tensor y = torch::stable::view(out, {p.M, p.N});
   for (const Layer& layer : p.layers) {
-    Tensor part = torch::stable::narrow(const_cast<Tensor&>(y), 1, layer.first, layer.outputs);
+    Tensor part = torch::stable::narrow(y, 1, layer.first, layer.outputs);
     StableIValue stack[] = {from(x), from(torch::stable::transpose(*layer.weight, 0, 1)), from(part)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);

@@ -343,9 +343,9 @@ def test_hooks_that_transformers_leaves_behind_do_no_harm(tiny: Tiny) -> None:
 
 def test_other_families_are_refused() -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=16, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(UnsupportedModelError, match="cannot run this GPT2LMHeadModel: its type is 'gpt2'"):
+    with pytest.raises(UnsupportedModelError, match="cannot run this GPT2LMHeadModel: its model type is 'gpt2'"):
         scrimp.generate(other, [1, 2])
-    with pytest.raises(UnsupportedModelError, match="cannot run this Linear: its type is None"):
+    with pytest.raises(UnsupportedModelError, match="cannot run this Linear: its model type is None"):
         scrimp.generate(torch.nn.Linear(1, 1), [1, 2])
 
 

@@ -1,6 +1,7 @@
 """linear against its reference, its definition and its contract."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -126,6 +127,13 @@ def test_same_bits_for_any_thread_count(name: str, rows: int) -> None:
     torch.set_num_threads(before)
     assert torch.equal(results[1], results[2])
     assert rows > 64 or torch.equal(results[0], results[1])
+
+
+def test_python_threads_do_not_disturb_each_other() -> None:
+    args = arguments((5,), 600, (130,))
+    expected = scrimp.ops.linear(*args)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(got, expected) for got in pool.map(lambda _: scrimp.ops.linear(*args), range(200)))
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

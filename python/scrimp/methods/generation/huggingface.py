@@ -49,7 +49,8 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
     config = getattr(model, "config", None)
     family = getattr(config, "model_type", None)
     if type(model).__name__ != CLASSES.get(str(family)) or type(model).__module__ != _module_of(str(family)):
-        raise UnsupportedModelError(model, f"its type is {family!r}")
+        where = type(model).__module__
+        raise UnsupportedModelError(model, f"its model type is {family!r} and its class is of {where}")
     modules = dict(model.named_modules())
     tensors = _tensors(modules.values())
     for reason in _faults(model, modules, tensors):
