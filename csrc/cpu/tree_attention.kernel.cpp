@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "common/query_lanes.h"
+#include "cpu/tree_attention.quads.h"
 
 namespace scrimp::SCRIMP_ISA {
 namespace {
@@ -60,63 +61,6 @@ State state_at(const Tile tile, float* states, int64_t split) {
 void clear(const Tile tile, const State& state) {
   for (int64_t i = 0; i < tile.rows * (tile.pitch + kLanes); ++i) state.out[i] = 0.0f;
   for (int64_t i = 0; i < tile.rows; ++i) state.max[i] = -kInfinity;
-}
-
-// 16 bytes from each of kLanes / 4 places, `step` bytes apart.
-SCRIMP_INLINE Vec load_quads(const char* p, int64_t step) {
-#if defined(__AVX512F__)
-  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(reinterpret_cast<const float*>(p + step)), 1);
-  x = _mm512_insertf32x4(x, _mm_loadu_ps(reinterpret_cast<const float*>(p + 2 * step)), 2);
-  return (Vec)_mm512_insertf32x4(x, _mm_loadu_ps(reinterpret_cast<const float*>(p + 3 * step)), 3);
-#elif defined(__AVX2__)
-  const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
-  return (Vec)_mm256_insertf128_ps(x, _mm_loadu_ps(reinterpret_cast<const float*>(p + step)), 1);
-#else
-  return load(reinterpret_cast<const float*>(p));
-#endif
-}
-
-// Transposes every 4 x 4 block of four vectors.
-SCRIMP_INLINE void transpose_quads(Vec (&x)[4]) {
-#if defined(__AVX512F__)
-#define SCRIMP_SHUFFLE(op, a, b) (Vec) _mm512_##op((__m512)(a), (__m512)(b))
-#define SCRIMP_PAIRS(op, a, b) (Vec) _mm512_##op((__m512d)(a), (__m512d)(b))
-  const Vec low = SCRIMP_SHUFFLE(unpacklo_ps, x[0], x[1]), high = SCRIMP_SHUFFLE(unpackhi_ps, x[0], x[1]);
-  const Vec low2 = SCRIMP_SHUFFLE(unpacklo_ps, x[2], x[3]), high2 = SCRIMP_SHUFFLE(unpackhi_ps, x[2], x[3]);
-  x[0] = SCRIMP_PAIRS(unpacklo_pd, low, low2);
-  x[1] = SCRIMP_PAIRS(unpackhi_pd, low, low2);
-  x[2] = SCRIMP_PAIRS(unpacklo_pd, high, high2);
-  x[3] = SCRIMP_PAIRS(unpackhi_pd, high, high2);
-#endif
-}
-
-SCRIMP_INLINE void prefetch_quads(const char* p, int64_t step) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes / 4; ++i) __builtin_prefetch(p + i * step, 0, 2);
-}
-
-SCRIMP_INLINE void store_column(float* packed, int64_t d, Vec x, const float*) { store(packed + d * kPitch, x); }
-
-SCRIMP_INLINE void store_column(float* packed, int64_t d, Vec pairs, const BFloat16*) {
-  store(packed + 2 * d * kPitch, (Vec)((BitsVec)pairs << 16));
-  store(packed + (2 * d + 1) * kPitch, (Vec)((BitsVec)pairs & 0xffff0000));
-}
-
-// K^T of kLanes keys, 16 bytes of each at a time; bf16 travel in pairs. Meanwhile their values are fetched.
-template <class T>
-SCRIMP_INLINE void pack_lanes(const T* keys, int64_t stride, const T* values, int64_t value_stride, int64_t head_dim,
-                              float* packed) {
-  const auto* from = reinterpret_cast<const char*>(keys);
-  const auto* beside = reinterpret_cast<const char*>(values);
-  const int64_t step = stride * sizeof(T), value_step = value_stride * sizeof(T);
-  for (int64_t d = 0; d < head_dim * static_cast<int64_t>(sizeof(T)) / 4; d += 4) {
-    Vec x[4];
-    for_vectors<4, 1>([&](int i, int) { x[i] = load_quads(from + i * step + 4 * d, 4 * step); });
-    transpose_quads(x);
-    for_vectors<4, 1>([&](int i, int) { store_column(packed, d + i, x[i], keys); });
-    prefetch_quads(beside + d / 4 % 4 * value_step + 4 * d, 4 * value_step);
-  }
 }
 
 // S of `count` keys from `keys` on: scores[row, key] for all rows. `values` are the values of the same keys.
