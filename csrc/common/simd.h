@@ -49,9 +49,16 @@ SCRIMP_INLINE Vec load(const float* p) {
 }
 
 SCRIMP_INLINE Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   HalfVec half;
   memcpy(&half, p, sizeof half);
-  return (Vec)(__builtin_convertvector(half, BitsVec) << 16);
+  const BitsVec wide = __builtin_convertvector(half, BitsVec);
+#endif
+  return (Vec)((BitsVec)wide << 16);
 }
 
 SCRIMP_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
@@ -115,16 +122,31 @@ SCRIMP_INLINE Vec fma(Vec a, Vec b, Vec c) {
 
 SCRIMP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// The lanes' sum, halves first: always in the same order.
+// fold(upper half, lower half) until one lane is left: always in the same order.
+template <class Fold>
+SCRIMP_INLINE float fold_lanes(Vec x, Fold fold) {
+#if defined(__AVX512F__)
+  x = fold(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = fold(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = fold(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = fold(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif defined(__AVX2__)
+  x = fold(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = fold(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  x = fold(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+  x = fold(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  x = fold(x, __builtin_shufflevector(x, x, 1, 0, 3, 2));
+#endif
+  return x[0];
+}
+
 SCRIMP_INLINE float sum_lanes(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return fold_lanes(x, [](Vec a, Vec b) { return a + b; });
+}
+
+SCRIMP_INLINE float highest_lane(Vec x) {
+  return fold_lanes(x, [](Vec a, Vec b) { return max(a, b); });
 }
 
 // 0, 1, 2, ... kLanes - 1.

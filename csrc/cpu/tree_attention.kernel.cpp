@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "common/query_lanes.h"
+#include "cpu/tree_attention.quads.h"
 
 namespace scrimp::SCRIMP_ISA {
 namespace {
@@ -30,7 +31,8 @@ struct State {
   float* max;  // [rows]
 };
 
-// One (batch, key/value head). Row r is head r % heads of its group at new row r / heads.
+// One (batch, key/value head), passed by value: a store cannot change it. Row r is head r % heads of its group at new
+// row r / heads.
 struct Tile {
   int64_t heads, rows;
   int64_t head_dim, vectors, pitch;  // vectors of a row of values, floats from one to the next
@@ -38,69 +40,70 @@ struct Tile {
   float* keys;                       // K^T [D, 64]
   float* scores;                     // [2, rows, 64]: two blocks of S, then P
   float* rescale;                    // [rows]
-  float* staged;                     // [2 * 64, pitch]: values that cannot be read where they lie
+  float* staged;                     // [2 * 64, pitch]: values that are not read where they lie
   float* row_scores;                 // [heads, 64]
-  const float* values[2 * kBlockKeys];
+};
+
+// Rows of V in the order of their slots, as they lie or as fp32.
+struct Values {
+  const void* row[2 * kBlockKeys];
+  bool staged;
 };
 
 int64_t pitch_of(int64_t head_dim) { return whole_lines(head_dim); }
 
-State state_at(const Tile& tile, float* states, int64_t split) {
+State state_at(const Tile tile, float* states, int64_t split) {
   const int64_t size = tile.rows * tile.pitch + tile.rows * kLanes + whole_lines(tile.rows);
   float* out = states + split * size;
   return {out, out + tile.rows * tile.pitch, out + tile.rows * (tile.pitch + kLanes)};
 }
 
-void clear(const Tile& tile, const State& state) {
+void clear(const Tile tile, const State& state) {
   for (int64_t i = 0; i < tile.rows * (tile.pitch + kLanes); ++i) state.out[i] = 0.0f;
   for (int64_t i = 0; i < tile.rows; ++i) state.max[i] = -kInfinity;
 }
 
-// S of `count` keys from `keys` on: scores[row, key] for all rows.
+// S of `count` keys from `keys` on: scores[row, key] for all rows. `values` are the values of the same keys.
 template <class T>
-[[gnu::flatten]] void score_block(const Tile& tile, const T* keys, int64_t stride, int64_t count, float* scores) {
-  const auto row = [&](int64_t i) { return i < count ? keys + i * stride : nullptr; };
-  pack_queries(count, tile.head_dim, 1.0f, row, tile.keys);
+[[gnu::flatten]] void score_block(const Tile tile, const T* keys, int64_t stride, const T* values, int64_t value_stride,
+                                  int64_t count, float* scores) {
+  const int64_t D = tile.head_dim;
+  int64_t packed = 0;
+  for (; D % (16 / sizeof(T)) == 0 && packed + kLanes <= count; packed += kLanes)
+    pack_lanes(keys + packed * stride, stride, values + packed * value_stride, value_stride, D, tile.keys + packed);
+  if (packed < count) {
+    const auto row = [&](int64_t i) { return packed + i < count ? keys + (packed + i) * stride : nullptr; };
+    pack_queries(count - packed, D, 1.0f, row, tile.keys + packed);
+  }
   for (int64_t vector = 0, vectors = (count + kLanes - 1) / kLanes; vector < vectors; vector += kStripVectors) {
     with_constant<kStripVectors>(vectors - vector, [&](auto width) {
       for_row_strips(tile.rows, [&](auto height, int64_t first) {
         constexpr int R = height.value, C = width.value;
-        const int64_t lane = vector * kLanes;
-        const float* q = tile.q + first * tile.head_dim;
+        const float* q = tile.q + first * D;
         Vec score[R][C];
         for_vectors<R, C>([&](int r, int c) { score[r][c] = Vec{}; });
-        multiply_add(score, tile.keys + lane, tile.head_dim,
-                     [&](int r, int64_t d) { return q[r * tile.head_dim + d]; });
-        for_vectors<R, C>([&](int r, int c) { store(scores + (first + r) * kPitch + lane + c * kLanes, score[r][c]); });
+        multiply_add(score, tile.keys + vector * kLanes, D, [&](int r, int64_t d) { return q[r * D + d]; });
+        float* to = scores + first * kPitch + vector * kLanes;
+        for_vectors<R, C>([&](int r, int c) { store(to + r * kPitch + c * kLanes, score[r][c]); });
       });
     });
   }
 }
 
-// Points tile.values at `count` rows of V; what is not whole vectors of fp32 is copied first.
+// Finds `count` rows of V; copies them if they are no whole vectors, or bf16 that many rows would widen again and
+// again.
 template <class T>
-void find_values(Tile& tile, const T* values, int64_t stride, int64_t count) {
-  const bool copied = sizeof(T) != sizeof(float) || tile.head_dim % kLanes != 0;
+void find_values(const Tile tile, const T* values, int64_t stride, int64_t count, Values& found) {
+  const int64_t D = tile.head_dim, whole = D / kLanes * kLanes;
+  found.staged = whole < D || (sizeof(T) < sizeof(float) && tile.rows > kStripRows);
   for (int64_t i = 0; i < count; ++i, values += stride) {
-    if (copied) {
-      float* to = tile.staged + i * tile.pitch;
-      for (int64_t d = 0; d < tile.head_dim; d += kLanes) store(to + d, load_first(values + d, tile.head_dim - d));
-      tile.values[i] = to;
-    } else {
-      tile.values[i] = reinterpret_cast<const float*>(values);
-    }
+    found.row[i] = values;
+    if (!found.staged) continue;
+    float* to = tile.staged + i * tile.pitch;
+    found.row[i] = to;
+    for (int64_t d = 0; d < whole; d += kLanes) store(to + d, load(values + d));
+    if (whole < D) store(to + whole, load_first(values + whole, D - whole));
   }
-}
-
-SCRIMP_INLINE float highest_lane(Vec x) {
-  float lanes[kLanes];
-  store(lanes, x);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  }
-  return lanes[0];
 }
 
 // Turns the scores of a block into weights in place (-inf into 0) and brings max and sum of row r up to date; returns
@@ -136,8 +139,11 @@ SCRIMP_INLINE float weigh_row(const State& state, int64_t r, float* scores) {
 }
 
 // O[r, :] = O[r, :] * rescale[r] + sum of weights[r, i] * values[i] over i in [begin, end), for `rows` rows.
-[[gnu::flatten]] void add_values(const Tile& tile, const float* weights, const float* const* values, int64_t begin,
-                                 int64_t end, int64_t rows, const float* rescale, float* out) {
+template <class V, class T>
+[[gnu::flatten]] void add_values(const Tile tile, const float* weights, const void* const* values, int64_t begin,
+                                 int64_t end, int64_t rows, float* out, const T* next, int64_t next_stride) {
+  const int64_t pitch = tile.pitch;
+  const float* rescale = tile.rescale;
   for (int64_t vector = 0; vector < tile.vectors; vector += kStripVectors) {
     with_constant<kStripVectors>(tile.vectors - vector, [&](auto width) {
       for_row_strips(rows, [&](auto height, int64_t first) {
@@ -146,16 +152,20 @@ SCRIMP_INLINE float weigh_row(const State& state, int64_t r, float* scores) {
         Vec sum[R][C];
         for_vectors<R, C>([&](int r, int c) { sum[r][c] = Vec{}; });
         for (int64_t i = begin; i < end; ++i) {
-          const float* value = values[i] + vector * kLanes;
+          const V* value = static_cast<const V*>(values[i]) + vector * kLanes;
           Vec b[C];
           for_vectors<1, C>([&](int, int c) { b[c] = load(value + c * kLanes); });
           for_vectors<R, 1>([&](int r, int) {
             const Vec a = broadcast(weight[r * kPitch + i]);
             for_vectors<1, C>([&](int, int c) { sum[r][c] = fma(a, b[c], sum[r][c]); });
           });
+          for_vectors<1, C>([&](int, int c) {
+            if (c * kLanes * sizeof(T) % 64 == 0)
+              __builtin_prefetch(next + i * next_stride + (vector + c) * kLanes, 0, 2);
+          });
         }
         for_vectors<R, C>([&](int r, int c) {
-          float* past = out + (first + r) * tile.pitch + (vector + c) * kLanes;
+          float* past = out + (first + r) * pitch + (vector + c) * kLanes;
           store(past, fma(load(past), broadcast(rescale[first + r]), sum[r][c]));
         });
       });
@@ -165,8 +175,9 @@ SCRIMP_INLINE float weigh_row(const State& state, int64_t r, float* scores) {
 
 // Adds to the heads of new row t the keys at positions [begin, end) of a block; scores[h, i] are those of position i
 // for i in [begin, end), values[i] its values.
-void add_row(const Tile& tile, const State& state, int64_t t, float* scores, const float* const* values, int64_t begin,
-             int64_t end) {
+template <class T>
+void add_row(const Tile tile, const State& state, int64_t t, float* scores, const void* const* values, bool staged,
+             int64_t begin, int64_t end) {
   if (begin >= end) return;
   const int64_t first = t * tile.heads;
   for (int64_t h = 0; h < tile.heads; ++h) {
@@ -175,7 +186,10 @@ void add_row(const Tile& tile, const State& state, int64_t t, float* scores, con
     for (int64_t i = end; i < kBlockKeys; ++i) row[i] = -kInfinity;
     tile.rescale[h] = weigh_row(state, first + h, row);
   }
-  add_values(tile, scores, values, begin, end, tile.heads, tile.rescale, state.out + first * tile.pitch);
+  float* out = state.out + first * tile.pitch;
+  const auto* again = static_cast<const T*>(values[begin]);  // nothing to fetch ahead
+  staged ? add_values<float>(tile, scores, values, begin, end, tile.heads, out, again, 0)
+         : add_values<T>(tile, scores, values, begin, end, tile.heads, out, again, 0);
 }
 
 template <class T>
@@ -184,34 +198,46 @@ struct Cache {
   int64_t k_stride, v_stride;
 };
 
-// A block that the prefix fills; row t sees its positions from first_seen(t) on.
+// A block that the prefix fills; with a window, new row t sees its positions from prefix + t + 1 - window on.
 template <class T>
-void add_block(Tile& tile, const State& state, const Cache<T>& cache, int64_t position, int64_t prefix,
+void add_block(const Tile tile, const State& state, const Cache<T>& cache, int64_t position, int64_t prefix,
                int64_t window) {
-  score_block(tile, cache.k + position * cache.k_stride, cache.k_stride, kBlockKeys, tile.scores);
-  find_values(tile, cache.v + position * cache.v_stride, cache.v_stride, kBlockKeys);
+  const T *keys = cache.k + position * cache.k_stride, *first_values = cache.v + position * cache.v_stride;
+  score_block(tile, keys, cache.k_stride, first_values, cache.v_stride, kBlockKeys, tile.scores);
+  Values values;
+  find_values(tile, first_values, cache.v_stride, kBlockKeys, values);
   const int64_t rows = tile.rows / tile.heads;
   if (window == 0 || prefix + rows - window <= position) {
     for (int64_t r = 0; r < tile.rows; ++r) tile.rescale[r] = weigh_row(state, r, tile.scores + r * kPitch);
-    add_values(tile, tile.scores, tile.values, 0, kBlockKeys, tile.rows, tile.rescale, state.out);
+    const T* next = keys + kBlockKeys * cache.k_stride;
+    const auto add = [&](auto kind) {
+      add_values<decltype(kind)>(tile, tile.scores, values.row, 0, kBlockKeys, tile.rows, state.out, next,
+                                 cache.k_stride);
+    };
+    values.staged ? add(float{}) : add(T{});
     return;
   }
   for (int64_t t = 0; t < rows; ++t) {
     const int64_t hidden = prefix + t + 1 - window - position;
-    add_row(tile, state, t, tile.scores + t * tile.heads * kPitch, tile.values, hidden > 0 ? hidden : 0, kBlockKeys);
+    add_row<T>(tile, state, t, tile.scores + t * tile.heads * kPitch, values.row, values.staged,
+               hidden > 0 ? hidden : 0, kBlockKeys);
   }
 }
 
 // The keys from `position` on, where the block in which the prefix ends begins: the rest of the prefix and the new
 // rows, up to two blocks. Each row gathers its own new rows behind the prefix.
 template <class T>
-void add_tail(Tile& tile, const TreeAttention& call, const TreeSplit& split, const Cache<T>& cache, int64_t position) {
+void add_tail(const Tile tile, const TreeAttention& call, const TreeSplit& split, const Cache<T>& cache,
+              int64_t position) {
   const int64_t rows = call.n_rows, rest = split.prefix - position, slots = rest + rows;
+  const T *keys = cache.k + position * cache.k_stride, *first_values = cache.v + position * cache.v_stride;
   for (int64_t block = 0; block < slots; block += kBlockKeys) {
-    const int64_t slot = position + block, count = slots - block < kBlockKeys ? slots - block : kBlockKeys;
-    score_block(tile, cache.k + slot * cache.k_stride, cache.k_stride, count, tile.scores + block * tile.rows);
+    const int64_t count = slots - block < kBlockKeys ? slots - block : kBlockKeys;
+    score_block(tile, keys + block * cache.k_stride, cache.k_stride, first_values + block * cache.v_stride,
+                cache.v_stride, count, tile.scores + block * tile.rows);
   }
-  find_values(tile, cache.v + position * cache.v_stride, cache.v_stride, slots);
+  Values slot_values;
+  find_values(tile, first_values, cache.v_stride, slots, slot_values);
   const int64_t first_split = (position - split.begin) / kSplitKeys;
   const int64_t second_split = (position + kBlockKeys - split.begin) / kSplitKeys;
   const State states[2] = {state_at(tile, split.states, first_split), state_at(tile, split.states, second_split)};
@@ -223,11 +249,11 @@ void add_tail(Tile& tile, const TreeAttention& call, const TreeSplit& split, con
     const int64_t hidden = call.window ? split.prefix + t + 1 - call.window - position : 0;
     const int64_t begin = hidden > 0 ? hidden : 0, end = rest + __builtin_popcountll(word);
     int32_t slot[2 * kBlockKeys];  // of each position
-    const float* values[2 * kBlockKeys];
+    const void* values[2 * kBlockKeys];
     for (int64_t i = 0; i < end; ++i) {
       slot[i] = static_cast<int32_t>(i < rest ? i : rest + __builtin_ctzll(word));
       if (i >= rest) word &= word - 1;
-      values[i] = tile.values[slot[i]];
+      values[i] = slot_values.row[slot[i]];
     }
     for (int64_t block = 0; block < end; block += kBlockKeys) {
       const int64_t stop = end - block < kBlockKeys ? end - block : kBlockKeys;
@@ -240,7 +266,7 @@ void add_tail(Tile& tile, const TreeAttention& call, const TreeSplit& split, con
           to[i] = from[s / kBlockKeys * tile.rows * kPitch + s % kBlockKeys];
         }
       }
-      add_row(tile, states[block / kBlockKeys], t, tile.row_scores, values + block, start, stop);
+      add_row<T>(tile, states[block / kBlockKeys], t, tile.row_scores, values + block, slot_values.staged, start, stop);
     }
   }
 }
