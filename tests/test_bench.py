@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from scrimp.benchmarks import (
+    linear,
     measure,
     merge_attention,
     plot,
@@ -297,6 +298,16 @@ def test_sparse_attention_check_sees_a_wrong_row() -> None:
     out[0, 1, 299, 3] += 1e-4
     with pytest.raises(AssertionError, match="out of sampled tiles"):
         problem.check((out, lse))
+
+
+def test_linear_check_sees_a_wrong_row() -> None:
+    problem = linear.problem(3, 512, (300, 2), True, torch.float32)
+    assert torch.equal(problem.own["self-1-row"](), problem.ours()[:1])
+    out = problem.ours()
+    problem.check(out)
+    out[2, 301] += 1e-3
+    with pytest.raises(AssertionError, match="above the bound"):
+        problem.check(out)
 
 
 def test_merge_attention_check_sees_a_wrong_row() -> None:
