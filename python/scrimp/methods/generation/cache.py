@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .huggingface import decoder_model
 from .model import DecoderModel
 
 
 class KVCache:
-    """Room for `capacity` tokens of each of `batch` sequences, allocated once.
+    """Room for `capacity` tokens (all of the model's context unless given) of each of `batch` sequences.
 
+    It is one allocation, made once.
     After a call that read or wrote tokens (also one that was cancelled or failed) `tokens[b]` are the tokens whose keys
     and values the cache holds; a later call with a prompt that begins with them reads only what is new.
 
@@ -26,7 +28,8 @@ class KVCache:
         panels: for each sequence how many of its first tokens were read in panels, and how (see `prefill`).
     """
 
-    def __init__(self, model: DecoderModel, batch: int = 1, capacity: int | None = None) -> None:
+    def __init__(self, model: nn.Module | DecoderModel, batch: int = 1, capacity: int | None = None) -> None:
+        model = decoder_model(model)
         capacity = model.context if capacity is None else capacity
         if batch < 1 or capacity < 1:
             raise ValueError(f"KVCache: batch={batch} and capacity={capacity} must be at least 1")

@@ -125,9 +125,13 @@ def choose(logits: Tensor, position: int, sampling: Sampling) -> int:
     best = float(scaled.max())
     if not math.isfinite(best):
         return check(int(logits.argmax()), logits)
-    ids = kept(scaled, sampling)
     # Exact: the token of the largest logit has noise of at least NEAREST, another one below FARTHEST.
-    ids = ids[scaled[ids] >= best - (FARTHEST - NEAREST)]
+    near = scaled >= best - (FARTHEST - NEAREST)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        ids = kept(scaled, sampling)
+        ids = ids[near[ids]]
+    else:
+        ids = near.nonzero().view(-1)
     drawn = scaled[ids].double() + gumbel(sampling.seed, position, ids)
     return int(ids[int(drawn.argmax())])
 
