@@ -135,13 +135,15 @@ def test_text_comes_in_whole_characters(tokenizer: Any) -> None:
     text = "naïve ☃ 🎈 end"
     shown = TextStream(tokenizer, [], ["🎈"])
     ids = tokenizer(text)["input_ids"]
-    pieces = [shown.push(token) for token in ids[: tokenizer("naïve ☃ 🎈")["input_ids"].__len__()]]
+    pieces = [shown.push(token) for token in tokenizer("naïve ☃ 🎈")["input_ids"]]
     assert "".join(pieces) == "naïve ☃ "
     assert shown.stopped
     assert all("\ufffd" not in piece for piece in pieces)
     broken = TextStream(tokenizer, [], [])
     assert broken.push(ids[2]) == ""
     assert broken.finish() == "\ufffd"
+    never = TextStream(tokenizer, [], [])
+    assert [never.push(ids[2]) for _ in range(9)] == [""] * 7 + ["\ufffd" * 8, ""]
 
 
 def test_context_limits(tiny: Tiny) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 CONTEXT = 6  # tokens of the prompt that the first new ones are decoded with: spaces depend on neighbours
 UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
+LONGEST = 8  # tokens that may wait for the rest of a character; more of them are no character
 
 
 class TextStream:
@@ -31,7 +32,7 @@ class TextStream:
         """The text that is certain once `token` has come; sets `stopped` where a stop string is complete."""
         self._tokens.append(token)
         text = self._new_text()
-        if text.endswith(UNFINISHED):
+        if text.endswith(UNFINISHED) and len(self._tokens) - self._shown < LONGEST:
             return ""
         self._from, self._shown = self._shown, len(self._tokens)
         return self._release(text)
