@@ -145,6 +145,11 @@ def test_what_is_kept_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(forward, "advance", watched)
     cache, text = KVCache(model, 1, 1200), prompt(1200, 8)
+    twins = [text[:600], text[:550] + [1] * 30, text[:600], text[:100], [1, *text[:5]]]
+    alone = [scrimp.generate(model, tokens, max_new_tokens=5) for tokens in twins]
+    spans.clear()
+    assert scrimp.generate(model, twins, max_new_tokens=5) == alone
+    assert spans == [(0, 512), (512, 576), (576, 600), (550, 580), (599, 600), (0, 64), (64, 100), (0, 6)]
 
     def read(n: int, **settings: object) -> list[tuple[int, int]]:
         spans.clear()

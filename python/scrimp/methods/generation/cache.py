@@ -63,9 +63,26 @@ class KVCache:
 
     def common(self, b: int, tokens: Sequence[int]) -> int:
         """How many first tokens of `tokens` the cache holds for sequence `b`."""
-        held = self.tokens[b]
-        limit = min(len(held), len(tokens))
-        return next((i for i in range(limit) if held[i] != tokens[i]), limit)
+        held, tokens = self.tokens[b], list(tokens)
+        low, high = 0, min(len(held), len(tokens))
+        while low < high:  # the first `low` agree
+            middle = (low + high + 1) // 2
+            if held[low:middle] == tokens[low:middle]:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def borrow(self, b: int, tokens: Sequence[int]) -> None:
+        """Copies to sequence `b` the keys and values of the other sequence that shares most first tokens with `tokens`.
+
+        Nothing is done where none shares more than `b` itself.
+        """
+        shared, lender = max((self.common(other, tokens), other) for other in range(self.batch))
+        if shared > self.common(b, tokens):
+            self.memory[:, :, b, :, :shared] = self.memory[:, :, lender, :, :shared]
+            self.tokens[b] = self.tokens[lender][:shared]
+            self.panels[b] = (min(self.panels[lender][0], shared), self.panels[lender][1])
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -147,8 +147,8 @@ def prefill(
 
     With `panels`, tokens of whole panels of PANEL tokens, counted from position 0, are read by `panel`, the rest by
     `rows`; without, all by `rows`. Which it is depends on the whole prompt alone: what the cache holds already is kept
-    as far as it was read in the way that this prompt asks for. So the state after a prompt is a function of its tokens,
-    however it got there.
+    as far as it was read in the way that this prompt asks for; so is what another sequence holds, which is copied. The
+    state after a prompt is a function of its tokens, however it got there.
 
     Args:
         cache: where to read to; tokens after the common prefix are forgotten.
@@ -161,6 +161,7 @@ def prefill(
     model, how = cache.model, patterns
     n = len(tokens)
     grid = n // PANEL * PANEL if panels else 0
+    cache.borrow(b, tokens)
     done = cache.common(b, tokens)
     by_panel = cache.panels[b][0] if cache.panels[b][1] is how else 0
     if by_panel != cache.panels[b][0]:
