@@ -7,11 +7,13 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-// x / (1 + exp(-t)): x times the logistic function of t.
+// x / (1 + exp(-t)): x times the logistic function of t; relative error 1e-6 where exp(-t) is finite.
 SCRIMP_INLINE Vec times_logistic(Vec x, Vec t) {
-  const Vec exponent = t * -kLog2E;
-  const Vec power = exp2(exponent > 127.0f ? broadcast(127.0f) : exponent);
-  return x / (1.0f + (exponent > 127.0f ? broadcast(__builtin_inff()) : power));
+  const Vec near = t > 88.0f ? broadcast(88.0f) : t < -88.0f ? broadcast(-88.0f) : t;
+  const Vec high = near * -kLog2E;
+  const Vec low = fma(near, broadcast(-1.92596303e-8f), fma(near, broadcast(-kLog2E), -high));  // what high rounded off
+  const Vec power = exp2(high);
+  return x / (1.0f + (t < -88.0f ? broadcast(__builtin_inff()) : fma(power, low * 0.693147181f, power)));
 }
 
 // out = round(activation(gate)) * up

@@ -57,7 +57,7 @@ static Tensor rotary_append(const Tensor& q_any, const Tensor& k_any, const Tens
   check_cache("k_cache", k_cache);
   check_cache("v_cache", v_cache);
 
-  const Tensor positions = torch::stable::contiguous(positions_any), start = torch::stable::contiguous(start_any);
+  const Tensor positions = as_contiguous(positions_any), start = as_contiguous(start_any);
   const auto* position = static_cast<const int32_t*>(positions.data_ptr());
   const auto* first = static_cast<const int32_t*>(start.data_ptr());
   for (int64_t i = 0; i < B * T; ++i)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -56,6 +57,16 @@ static void check_words(const int64_t* word, int64_t count, int64_t T) {
     SCRIMP_CHECK(T == 64 || word[i] >> T == 0, "tree_attention: ancestors has bits set beyond its T=", T, " new rows");
 }
 
+// Memory of this call alone, in whole cache lines; a tensor would take ten times as long to make.
+struct Floats {
+  explicit Floats(int64_t count)
+      : data(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}))) {}
+  ~Floats() { ::operator delete(data, std::align_val_t{64}); }
+  Floats(const Floats&) = delete;
+
+  float* data;
+};
+
 // The splits of one (batch, key/value head).
 struct Group {
   int64_t batch, group, prefix;
@@ -88,12 +99,12 @@ static std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tens
                " goes with the chain only, not with ancestors");
   SCRIMP_CHECK(std::isfinite(scale), "tree_attention: scale=", scale, " must be finite");
   const int64_t B = q_any.size(0), H = q_any.size(1), T = q_any.size(2), D = q_any.size(3), G = k_any.size(1);
-  const Tensor prefixes = torch::stable::contiguous(prefix_any);
+  const Tensor prefixes = as_contiguous(prefix_any);
   const auto* prefix = static_cast<const int32_t*>(prefixes.data_ptr());
   check_prefix(prefix, B, T, k_any.size(2));
   std::optional<Tensor> words;
   if (ancestors_any) {
-    words = torch::stable::contiguous(*ancestors_any);
+    words = as_contiguous(*ancestors_any);
     check_words(static_cast<const int64_t*>(words->data_ptr()), words->numel(), T);
   }
 
@@ -122,16 +133,17 @@ static std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tens
                            .scale = static_cast<float>(scale),
                            .bf16 = q.scalar_type() == ScalarType::BFloat16};
   std::vector<Group> groups = find_groups(prefix, B, G, T, window);
-  int64_t items = 0, states = 0;
+  int64_t items = 0, states = 0, operations = 0;
   for (const Group& group : groups) {
     items += group.cached;
     states += group.states;
+    operations += (group.prefix - group.begin + T) * (H / G * T + 4) * D;  // as if packing a key were four rows
   }
+  const int64_t workers = worker_count(items, operations);
   const int64_t scratch = (SCRIMP_KERNEL(tree_attention_scratch)(call) + 15) / 16 * 16;  // whole cache lines
   const int64_t state = SCRIMP_KERNEL(tree_attention_state)(call);
-  const Tensor memory = torch::stable::new_empty(lse, {worker_count(items) * scratch + states * state});
-  auto* scratches = static_cast<float*>(memory.data_ptr());
-  float* next = scratches + worker_count(items) * scratch;
+  const Floats memory(workers * scratch + states * state);
+  float* next = memory.data + workers * scratch;
   for (Group& group : groups) {
     group.memory = next;
     next += group.states * state;
@@ -140,7 +152,7 @@ static std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tens
   std::vector<std::atomic<int64_t>> done(groups.size());
   const auto add_split = SCRIMP_KERNEL(tree_attention_split);
   const auto write = SCRIMP_KERNEL(tree_attention_write);
-  for_each_item(items, [&](int64_t item, int64_t worker) {
+  for_each_item(items, workers, [&](int64_t item, int64_t worker) {
     const auto behind = [](int64_t i, const Group& group) { return i < group.first_item; };
     const Group& group = *(std::upper_bound(groups.begin(), groups.end(), item, behind) - 1);
     const int64_t split = item - group.first_item;
@@ -151,7 +163,7 @@ static std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tens
                .begin = group.begin + split * kSplitKeys,
                .last = split + 1 == group.cached,
                .states = group.memory + split * state},
-              scratches + worker * scratch);
+              memory.data + worker * scratch);
     if (done[&group - groups.data()].fetch_add(1, std::memory_order_acq_rel) + 1 == group.cached)
       write(call, group.batch, group.group, group.memory, group.states);
   });

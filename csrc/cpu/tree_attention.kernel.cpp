@@ -63,6 +63,11 @@ void clear(const Tile tile, const State& state) {
   for (int64_t i = 0; i < tile.rows; ++i) state.max[i] = -kInfinity;
 }
 
+// Whether row r has met no key, or none but of score -inf (scores of NaN leave NaN in the sum).
+bool saw_nothing(const State& state, int64_t r) {
+  return state.max[r] == -kInfinity && sum_lanes(load(state.sum + r * kLanes)) == 0.0f;
+}
+
 // S of `count` keys from `keys` on: scores[row, key] for all rows. `values` are the values of the same keys.
 template <class T>
 [[gnu::flatten]] void score_block(const Tile tile, const T* keys, int64_t stride, const T* values, int64_t value_stride,
@@ -328,7 +333,7 @@ void write(const TreeAttention& call, int64_t batch, int64_t group, float* state
     Vec lanes{};
     for (int64_t s = 0; s < splits; ++s) {
       const State state = state_at(tile, states, s);
-      if (state.max[r] == -kInfinity) continue;  // no key seen: not even a zero is added
+      if (saw_nothing(state, r)) continue;  // not even a zero is added
       lanes = fma(exp2(broadcast(state.max[r]) - base), load(state.sum + r * kLanes), lanes);
     }
     const float sum = sum_lanes(lanes);
@@ -339,7 +344,7 @@ void write(const TreeAttention& call, int64_t batch, int64_t group, float* state
       Vec total{};
       for (int64_t s = 0; s < splits; ++s) {
         const State state = state_at(tile, states, s);
-        if (state.max[r] == -kInfinity) continue;
+        if (saw_nothing(state, r)) continue;
         total = fma(exp2(broadcast(state.max[r]) - base), load(state.out + r * tile.pitch + d), total);
       }
       store_first(out + d, total * inverse, D - d);

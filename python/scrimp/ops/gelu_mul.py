@@ -52,5 +52,8 @@ def gelu_mul(gate: Tensor, up: Tensor, tanh: bool = True) -> Tensor:
     >>> scrimp.ops.gelu_mul(gate, up)
     tensor([[0.0000, 2.5236]])
     """
-    _check(gate, up, tanh)
-    return _call(gate, up, tanh)
+    try:
+        return _call(gate, up, tanh)
+    except RuntimeError:  # say what does not fit: checking every call would cost more than the op
+        _check(gate, up, tanh)
+        raise

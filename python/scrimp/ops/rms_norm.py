@@ -61,5 +61,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     >>> scrimp.ops.rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), eps=0.5)
     tensor([0.8321, 1.1094])
     """
-    _check(x, weight, eps)
-    return _call(x, weight, eps)
+    try:
+        return _call(x, weight, eps)
+    except RuntimeError:  # say what does not fit: checking every call would cost more than the op
+        _check(x, weight, eps)
+        raise

@@ -137,5 +137,10 @@ def rotary_append(
     >>> cache[0, 0, 2]
     tensor([0.8776, 0.4794])
     """
-    _check(q, k, v, cos, sin, positions, start, k_cache, v_cache)
-    return _call(q, k, v, cos, sin, positions, start, k_cache, v_cache)
+    try:
+        return _call(q, k, v, cos, sin, positions, start, k_cache, v_cache)
+    except RuntimeError:
+        _check(
+            q, k, v, cos, sin, positions, start, k_cache, v_cache
+        )  # names what does not fit; on every call it would cost more than the op
+        raise

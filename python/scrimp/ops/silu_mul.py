@@ -50,5 +50,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     >>> scrimp.ops.silu_mul(gate, up)
     tensor([[0.0000, 2.1932]])
     """
-    _check(gate, up)
-    return _call(gate, up)
+    try:
+        return _call(gate, up)
+    except RuntimeError:  # say what does not fit: checking every call would cost more than the op
+        _check(gate, up)
+        raise

@@ -143,5 +143,10 @@ def tree_attention(
     ((1, 4, 3, 64), (1, 4, 3))
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k_cache, v_cache, prefix, ancestors, window, scale)
-    return _call(q, k_cache, v_cache, prefix, ancestors, window, scale)
+    try:
+        return _call(q, k_cache, v_cache, prefix, ancestors, window, scale)
+    except RuntimeError:
+        _check(
+            q, k_cache, v_cache, prefix, ancestors, window, scale
+        )  # names what does not fit; on every call it would cost more than the op
+        raise
