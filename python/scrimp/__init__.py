@@ -5,7 +5,8 @@ from importlib import metadata
 from . import ops
 from ._registry import implementations, which
 from .int4_weight import Int4Weight
-from .integrations.load import load
+from .loading import load
+from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
 from .methods.int4 import quantize
 from .sparse_plan import SparsePlan
@@ -18,8 +19,10 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path, not installe
 __all__ = [
     "HeadPatterns",
     "Int4Weight",
+    "KVCache",
     "SparsePlan",
     "__version__",
+    "generate",
     "implementations",
     "load",
     "ops",

@@ -71,8 +71,13 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
     torch.library.register_fake(f"scrimp::{name}", fake, lib=_library)
     call = getattr(torch.ops.scrimp, name).default
 
+    def requires_grad(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(map(requires_grad, value))
+        return isinstance(value, torch.Tensor) and value.requires_grad
+
     def refuse_gradients(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and requires_grad(args):
             raise RuntimeError(
                 f"scrimp::{name} has no backward, but an input requires grad; "
                 "call it under torch.no_grad() or detach its inputs"

@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import scrimp
 from scrimp import Int4Weight, cli
 from scrimp.int4_weight import save_gptq
+from scrimp.integrations.quantizer import load
 from scrimp.methods.int4 import Int4Linear, int4_layers
 from scrimp.methods.int4.blocks import linears_of, replace_module
 
@@ -41,27 +49,27 @@ def test_round_trip(method: str, tied: bool, tmp_path: Path) -> None:
     scrimp.quantize(model, method, 32, TOKENS, order=order, kl_tokens=0, progress=False)  # type: ignore[arg-type]
     expected = model(TOKENS).logits
     model.save_pretrained(tmp_path)
-    for again in (scrimp.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)):
+    for again in (load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)):
         assert torch.equal(again(TOKENS).logits, expected)
         assert repr(dict(int4_layers(again))) == repr(dict(int4_layers(model)))
         again.save_pretrained(tmp_path / "twice")
-        assert torch.equal(scrimp.load(tmp_path / "twice")(TOKENS).logits, expected)
+        assert torch.equal(load(tmp_path / "twice")(TOKENS).logits, expected)
 
 
 def test_dtype_and_mode(tmp_path: Path) -> None:
     model = tiny()
     scrimp.quantize(model, "rtn", 32, progress=False, mode="int8")
     model.save_pretrained(tmp_path)
-    same = scrimp.load(tmp_path)
+    same = load(tmp_path)
     assert {layer.mode for _, layer in int4_layers(same)} == {"int8"}
     assert torch.equal(same(TOKENS).logits, model(TOKENS).logits)
-    other = scrimp.load(tmp_path, dtype=torch.bfloat16, mode="exact")
+    other = load(tmp_path, dtype=torch.bfloat16, mode="exact")
     assert {layer.mode for _, layer in int4_layers(other)} == {"exact"}
     assert other(TOKENS).logits.dtype == torch.bfloat16
     for (_, layer), (_, mine) in zip(int4_layers(other), int4_layers(model), strict=True):
         assert torch.equal(layer.weight.dequantize(), mine.weight.dequantize())
     with pytest.raises(ValueError, match="load: mode='fast' must be one of exact, int8"):
-        scrimp.load(tmp_path, mode="fast")
+        load(tmp_path, mode="fast")
 
 
 def foreign(folder: Path, model: LlamaForCausalLM, config: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
@@ -118,14 +126,14 @@ def test_other_makers(maker: str, tmp_path: Path) -> None:
         weights = {"num_bits": 4, "type": "int", "symmetric": False, "group_size": size, "strategy": "group"}
         config |= {"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
     expected = foreign(tmp_path, model, config, tensors)
-    loaded = scrimp.load(tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path, dtype=torch.float32)
     layers = dict(int4_layers(loaded))
     assert list(layers) == list(_quantized(model))
     for name, linear in _quantized(model).items():
         assert torch.equal(layers[name].weight.dequantize(), linear.weight)
     torch.testing.assert_close(loaded(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
     loaded.save_pretrained(tmp_path / "ours")
-    assert torch.equal(scrimp.load(tmp_path / "ours")(TOKENS).logits, loaded(TOKENS).logits)
+    assert torch.equal(load(tmp_path / "ours")(TOKENS).logits, loaded(TOKENS).logits)
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
@@ -137,15 +145,15 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj"
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"model.safetensors: not a safetensors file, or damaged"):
-        scrimp.load(tmp_path)
+        load(tmp_path)
     scales = tensors[f"{name}.scales"].clone()
     scales[4, 1] = torch.nan
     save_file(tensors | {f"{name}.scales": scales}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name}: scales\[4, 1\] is nan; it must be finite"):
-        scrimp.load(tmp_path)
+        load(tmp_path)
     save_file({n: t for n, t in tensors.items() if n != f"{name}.zeros"}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=f"there is no tensor '{name}.zeros'"):
-        scrimp.load(tmp_path)
+        load(tmp_path)
     path.write_bytes(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, words in (
@@ -159,9 +167,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
         broken = config | {"quantization_config": config["quantization_config"] | change}
         (tmp_path / "config.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=words):
-            scrimp.load(tmp_path)
+            load(tmp_path)
     with pytest.raises(ValueError, match=r"there is no config\.json; a model folder is needed"):
-        scrimp.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
 
 
 def test_eight_bits_travel_too(tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_eight_bits_travel_too(tmp_path: Path) -> None:
     replace_module(model, "lm_head", Int4Linear(weight))
     scrimp.quantize(model, "rtn", 32, progress=False)
     model.save_pretrained(tmp_path)
-    assert torch.equal(scrimp.load(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(load(tmp_path)(TOKENS).logits, model(TOKENS).logits)
 
 
 @pytest.fixture
@@ -202,7 +210,7 @@ def test_command_line(layout: str, model_folder: Path, capsys: pytest.CaptureFix
     assert cli.main([*command, "--text", str(model_folder.parent / "text.txt")]) == 0
     assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
     assert len(json.loads(report.read_text())["layers"]) == 14
-    model = scrimp.load(out)
+    model = load(out)
     assert len(dict(int4_layers(model))) == 14
     assert AutoTokenizer.from_pretrained(out)("abc").input_ids == [1, 2, 3]
     assert cli.main(command) == 2
@@ -232,4 +240,19 @@ def test_gptq_files_of_a_model_come_back(tmp_path: Path) -> None:
     plain |= {f"{n}.bias": layer.bias for n, layer in int4_layers(model) if layer.bias is not None}
     config = model.config.to_dict() | {"quantization_config": save_gptq(tmp_path, weights, plain)}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(scrimp.load(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+    assert torch.equal(load(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_load_gives_the_tokenizer_too(tmp_path: Path) -> None:
+    model = tiny()
+    scrimp.quantize(model, "rtn", 32, progress=False)
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    loaded, tokenizer = scrimp.load(tmp_path, mode="int8")
+    assert {layer.mode for _, layer in int4_layers(loaded)} == {"int8"}
+    assert tokenizer("hello")["input_ids"] == [1]
+    plain = tmp_path / "plain"
+    tiny().save_pretrained(plain)
+    with pytest.raises(ValueError, match="mode='int8' is for models of 4-bit weights"):
+        scrimp.load(plain, mode="int8")

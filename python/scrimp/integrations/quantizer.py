@@ -2,7 +2,7 @@
 
     report = scrimp.quantize(model, "gptq", 64, tokens)
     model.save_pretrained("folder")
-    model = scrimp.load("folder")        # or a folder of a GPTQ, AWQ or compressed-tensors model
+    model, tokenizer = scrimp.load("folder")        # or a folder of a GPTQ, AWQ or compressed-tensors model
 
 Importing this module makes the quantization method "scrimp" known to transformers, so that
 `AutoModelForCausalLM.from_pretrained("folder")` works too.

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..demo import text as corpus
+from ..demo.model import named_model
 from ..int4_weight import save_gptq
+from ..loading import load
 from ..methods.int4 import int4_layers, quantize
 from ..methods.int4.blocks import linears_of
-from . import text as corpus
-from .model import demo_model_path, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{out} is there and not an empty folder")
     if arguments.length < 1 or arguments.texts < 0:
         raise ValueError(f"--length {arguments.length} and --texts {arguments.texts} must be at least 1 and 0")
-    path = demo_model_path() if arguments.model == "demo" else Path(arguments.model)
-    model, tokenizer = load(path)
+    model, tokenizer = load(named_model(arguments.model))
     if arguments.format == "gptq":
         _check_gptq(model, arguments.method)
     tokens = _calibration(tokenizer, arguments)
