@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from scrimp.benchmarks import (
+    linear,
     measure,
     merge_attention,
     plot,
@@ -235,7 +236,7 @@ def test_mistakes(words: tuple[str, ...], message: str, capsys: pytest.CaptureFi
 
 def test_unknown_op_and_missing_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("nothing") == 2
-    assert "no benchmark cases for 'nothing'; ops with cases are merge_attention" in capsys.readouterr().err
+    assert "no benchmark cases for 'nothing'; ops with cases are linear, " in capsys.readouterr().err
     monkeypatch.setattr(run.scrimp, "implementations", lambda op: {})
     assert command("merge_attention") == 2
     assert "merge_attention has no kernel to measure here" in capsys.readouterr().err
@@ -295,6 +296,16 @@ def test_sparse_attention_check_sees_a_wrong_row() -> None:
     out[0, 1, 299, 3] += 1e-4
     with pytest.raises(AssertionError, match="out of sampled tiles"):
         problem.check((out, lse))
+
+
+def test_linear_check_sees_a_wrong_row() -> None:
+    problem = linear.problem(3, 512, (300, 2), True, torch.float32)
+    assert torch.equal(problem.own["self-1-row"](), problem.ours()[:1])
+    out = problem.ours()
+    problem.check(out)
+    out[2, 301] += 1e-3
+    with pytest.raises(AssertionError, match="above the bound"):
+        problem.check(out)
 
 
 def test_merge_attention_check_sees_a_wrong_row() -> None:

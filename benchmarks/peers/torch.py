@@ -1,7 +1,10 @@
 """Plain torch operators, one after the other."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as linear_of
 
 from ..registry import Peer
 
@@ -23,3 +26,13 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Peer:
     """Six operators, two of them over the outputs."""
     return Peer(lambda: merge(out_a, lse_a, out_b, lse_b))
+
+
+def linear(x: Tensor, turns: Iterator[list[Tensor]], added: Tensor | None) -> Peer:
+    """One F.linear for each weight, as a model calls them; their results stay apart."""
+
+    def call() -> list[Tensor]:
+        parts = [linear_of(x, weight) for weight in next(turns)]
+        return parts if added is None else [part + added for part in parts]
+
+    return Peer(call, same=len(call()) == 1)

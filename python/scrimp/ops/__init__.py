@@ -1,6 +1,7 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
 from .gelu_mul import gelu_mul
+from .linear import linear
 from .merge_attention import merge_attention
 from .rms_norm import rms_norm
 from .rotary_append import rotary_append
@@ -11,6 +12,7 @@ from .vertical_slash_index import vertical_slash_index
 
 __all__ = [
     "gelu_mul",
+    "linear",
     "merge_attention",
     "rms_norm",
     "rotary_append",
