@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Read when triton is imported. Without a GPU its kernels run in the interpreter; PTX comes from a subprocess.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("scrimp", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("scrimp")
 

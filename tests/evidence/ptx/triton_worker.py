@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ _MODULES: dict[str, Any] = {}
 
 
 def _load(path: str) -> Any:
+    """The module of a file; a file of a package is loaded beside its siblings, without the package's parents."""
     if path not in _MODULES:
-        sys.path.insert(0, str(Path(path).parent))
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        folder, name = Path(path).parent, Path(path).stem
+        if (folder / "__init__.py").exists():
+            package = sys.modules.setdefault(folder.name, types.ModuleType(folder.name))
+            package.__path__ = [str(folder)]
+            name = f"{folder.name}.{name}"
+        else:
+            sys.path.insert(0, str(folder))
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[Path(path).stem] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         _MODULES[path] = module
     return _MODULES[path]

@@ -1,0 +1,8 @@
+"""The ops whose GPU kernels are held up by evidence. A new op adds a file here and its line to `SUBJECTS`."""
+
+from .merge_attention import SUBJECT as merge_attention
+from .subject import Case, Mutant, Subject, pairwise
+
+SUBJECTS: dict[str, Subject] = {subject.op: subject for subject in (merge_attention,)}
+
+__all__ = ["SUBJECTS", "Case", "Mutant", "Subject", "pairwise"]
