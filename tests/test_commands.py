@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from scrimp.benchmarks.peers.llama import write_gguf
 
 import scrimp
 from scrimp import cli
@@ -59,52 +59,14 @@ def test_load_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_load_a_gguf_file(folder: Path, tmp_path: Path) -> None:
     """Weights in GGUF's layout come back as they were."""
-    import gguf
-
-    model, _ = scrimp.load(folder)
-    file = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(640)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(256)
-    writer.add_tokenizer_model("gpt2")
-    letters = sorted(scrimp.load(folder)[1].get_vocab().items(), key=lambda item: item[1])
-    writer.add_token_list([letter for letter, _ in letters])
-    writer.add_token_types([1] * 256)
-    writer.add_token_scores([0.0] * 256)
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    for name, tensor in model.state_dict().items():
-        value = tensor.numpy()
-        if name.startswith("model.layers."):
-            _, _, layer, *rest = name.split(".")
-            kind = rest[-2]
-            if kind in ("q_proj", "k_proj"):
-                heads = 4 if kind == "q_proj" else 2
-                value = value.reshape(heads, 2, -1, 32).swapaxes(1, 2).reshape(value.shape)
-            new = f"blk.{layer}.{names[kind]}.weight"
-        else:
-            new = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(
-                name, "output.weight"
-            )
-        writer.add_tensor(new, np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    loaded, _ = scrimp.load(file)
+    model, tokenizer = scrimp.load(folder)
+    letters = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    write_gguf(model, tmp_path / "tiny.gguf", [letter for letter, _ in letters])
+    loaded, own = scrimp.load(tmp_path / "tiny.gguf")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
-    assert scrimp.generate(loaded, [1, 2, 3], max_new_tokens=4, ignore_eos=True).tokens == (
-        scrimp.generate(model, [1, 2, 3], max_new_tokens=4).tokens
-    )
+    got = scrimp.generate(loaded, "Hello", own, max_new_tokens=4, ignore_eos=True)
+    assert got == scrimp.generate(model, "Hello", tokenizer, max_new_tokens=4)
 
 
 def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

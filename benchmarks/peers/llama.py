@@ -73,12 +73,18 @@ def e2e(model: Any, ids: Tensor, new: int) -> Peer:
 
 @cache
 def gguf_file(model: Any) -> Path:
-    """The weights of a Hugging Face Llama in fp32 as llama.cpp reads them; the folder goes with the process."""
-    import gguf
-
+    """The weights of a Hugging Face Llama in a file that goes with the process."""
     folder = tempfile.TemporaryDirectory()
     _kept.append(folder)
     path = Path(folder.name) / "model.gguf"
+    write_gguf(model, path)
+    return path
+
+
+def write_gguf(model: Any, path: Path, tokens: list[str] | None = None) -> None:
+    """The weights of a Hugging Face Llama in fp32 as llama.cpp reads them, with a byte-level vocabulary or none."""
+    import gguf
+
     config = model.config
     H, G = config.num_attention_heads, config.num_key_value_heads
     writer = gguf.GGUFWriter(path, "llama")
@@ -92,15 +98,17 @@ def gguf_file(model: Any) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("no_vocab" if tokens is None else "gpt2")
+    if tokens is not None:
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_token_types([1] * len(tokens))
     for name, tensor in model.state_dict().items():
-        value = tensor.float()
-        module = name.removesuffix(".weight")
-        if module in WHOLE:
-            if module == "lm_head" and config.tie_word_embeddings:
-                continue
-            new = WHOLE[module]
-        else:
+        value, module = tensor.float(), name.removesuffix(".weight")
+        if module == "lm_head" and config.tie_word_embeddings:
+            continue
+        new = WHOLE.get(module)
+        if new is None:
             _, _, layer, kind = module.split(".", 3)
             new = f"blk.{layer}.{LAYER[kind]}"
             heads = {"attn_q": H, "attn_k": G}.get(LAYER[kind])
@@ -111,7 +119,6 @@ def gguf_file(model: Any) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 _kept: list[tempfile.TemporaryDirectory] = []
