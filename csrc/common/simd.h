@@ -63,12 +63,14 @@ SCRIMP_INLINE Vec load(const BFloat16* p) {
 
 SCRIMP_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
-// Rounds to nearest even; a NaN stays a NaN.
-SCRIMP_INLINE void store(BFloat16* p, Vec x) {
+// Rounded to bf16, to nearest even, in the upper half of each lane; a NaN stays a NaN. The lower half is not zero.
+SCRIMP_INLINE BitsVec round_bits(Vec x) {
   const BitsVec bits = (BitsVec)x;
-  const BitsVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const BitsVec quiet = bits >> 16 | 0x40;
-  const HalfVec half = __builtin_convertvector(x == x ? rounded : quiet, HalfVec);
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+}
+
+SCRIMP_INLINE void store(BFloat16* p, Vec x) {
+  const HalfVec half = __builtin_convertvector(round_bits(x) >> 16, HalfVec);
   memcpy(p, &half, sizeof half);
 }
 
@@ -76,9 +78,7 @@ SCRIMP_INLINE void store(BFloat16* p, Vec x) {
 template <class T>
 SCRIMP_INLINE Vec round_to(Vec x) {
   if constexpr (sizeof(T) == sizeof(float)) return x;
-  T rounded[kLanes];
-  store(rounded, x);
-  return load(rounded);
+  return (Vec)(round_bits(x) & 0xffff0000);
 }
 
 // The first n of kLanes elements, zeros behind them.
