@@ -252,13 +252,13 @@ def sparse_attention_kernel(
         index = begin // BLOCK_N * BLOCK_N + n
         key = tl.load(columns + done + index, mask=index < end, other=0)
         for piece in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
-            bits = tl.zeros((BLOCK_N,), tl.int32)
-            for word in tl.static_range(BLOCK_N // 32):
-                taken = (words >> (piece * (BLOCK_N // 32) + word)) & 1
-                bits = tl.where(n // 32 == word, tl.sum(taken << lane, 0), bits)
-            keep = ((bits >> n % 8) >> (n // 8 * 8) % 32) & 1 != 0  # in two steps: the second is the same in all lanes
-            at = key.to(tl.int64)[:, None]
             place = piece * BLOCK_N
+            bits = tl.zeros((BLOCK_N,), tl.int32)
+            for word in tl.static_range((BLOCK_N + 31) // 32):
+                taken = (words >> (place // 32 + word)) & 1
+                bits = tl.where(n // 32 == word, tl.sum(taken << lane, 0), bits)
+            keep = (bits >> (place + n) % 32) & 1 != 0
+            at = key.to(tl.int64)[:, None]
             index = place + BLOCK_N + n  # of the next piece
             key = tl.load(columns + done + index, mask=index < end, other=0)
             k_parts = _load(k + at * k_n, keep[:, None], D, PART, REST, True)
@@ -278,7 +278,7 @@ def sparse_attention_kernel(
     if REST:
         d = D // PART * PART + tl.arange(0, REST)[None, :]
         values = (sums[D // PART] * inverse[:, None]).to(out.dtype.element_ty)
-        tl.store(to + d, values, mask=real[:, None] if D % PART == REST else real[:, None] & (d < D))
+        tl.store(to + d, values, mask=real[:, None] & (d < D))
     result = tl.where(total > 0, top * 0.69314718 + tl.log(total), -float("inf"))  # ln(2)
     tl.store(lse + (b * H + row_head) * n_q + token, result, mask=real)
 
@@ -299,40 +299,41 @@ def launches(
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """The results, still unwritten, and what writes them."""
     (B, H, n_q, D), (G, n_k) = q.shape, k.shape[1:3]
-    if q.dtype.itemsize > 4:
+    size = q.element_size()
+    if size > 4:
         raise ValueError(f"sparse_attention: {q.dtype} has no GPU kernel; it must be float16, bfloat16 or float32")
-    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
-    out = q.new_empty(B, n_q, H, D)
-    lse = q.new_empty(B, H, n_q, dtype=torch.float32)
     plan = {"ranges": ranges, "range_slice": range_slice, "columns": columns, "column_slice": column_slice}
-    plan = {name: dense_inside(tensor) for name, tensor in plan.items()}
+    plan = {name: tensor if tensor[:1, :1].is_contiguous() else tensor.contiguous() for name, tensor in plan.items()}
     shared_by = H // max(G, 1)
     group = shared_by if all(tensor.shape[1] == 1 for tensor in plan.values()) else 1
     q_block = min(q_block, max(n_q, 1))
-    chosen = config(
-        "sparse_attention", q.device, rows=max(q_block * group, 1), head_dim=max(D, 1), itemsize=q.dtype.itemsize
-    )
-    part = chosen["PART"]
-    row_start = None if row_start is None else row_start.contiguous()
-    strides = {f"{name}_{axis}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate("bhn")}
-    for name, tensor in plan.items():
-        for i, axis in enumerate("bh"):
-            strides[f"{name}_{axis}"] = tensor.stride(i) if tensor.shape[i] > 1 else 0
-    strides["row_start_b"] = row_start.stride(0) if row_start is not None and row_start.shape[0] > 1 else 0
-    blocks = cdiv(n_q, q_block) * cdiv(q_block * group, chosen["BLOCK_M"])
+    chosen = config("sparse_attention", q.device, rows=max(q_block * group, 1), head_dim=max(D, 1), itemsize=size)
+    block_m, block_n, part = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["PART"]
+    q, (k, v) = unit_last_stride(q), (rows_near(tensor, block_n) for tensor in (k, v))
+    inputs = {"q": q, "k": k, "v": v, **plan}
+    strides = {
+        f"{name}_{axis}": tensor.stride(i) if name in "qkv" or tensor.shape[i] > 1 else 0
+        for name, tensor in inputs.items()
+        for i, axis in enumerate("bhn" if name in "qkv" else "bh")
+    }
+    if row_start is not None:
+        row_start = row_start.contiguous()
+    strides["row_start_b"] = n_q if row_start is not None and row_start.shape[0] > 1 else 0
+    out = q.new_empty(B, n_q, H, D)
+    lse = q.new_empty(B, H, n_q, dtype=torch.float32)
+    sizes = {
+        "R": ranges.shape[2], "C": columns.shape[2], "n_q": n_q, "n_k": n_k, "q_block": q_block,
+        # Without causality every query stands behind the last key.
+        "q_offset": min(max(q_offset, -n_q), n_k) if causal else n_k,
+        "group": group, "shared_by": shared_by, "scale": scale,
+    }  # fmt: skip
     launch = Launch(
         sparse_attention_kernel,
-        grid=(blocks, H // max(group, 1), B),
-        args={
-            "q": q, "k": k, "v": v, **plan, "row_start": row_start, "out": out, "lse": lse, **strides,
-            "R": ranges.shape[2], "C": columns.shape[2], "n_q": n_q, "n_k": n_k, "q_block": q_block,
-            # No position is past n_k + n_q: every key is before it.
-            "q_offset": min(max(q_offset, -n_q), n_k) if causal else n_k, "group": group, "shared_by": shared_by,
-            "scale": scale,
-        },
+        grid=(cdiv(n_q, q_block) * cdiv(q_block * group, block_m), H // max(group, 1), B),
+        args={**inputs, "row_start": row_start, "out": out, "lse": lse, **strides, **sizes},
         constants={
             "D": D, "PART": part, "REST": power_of_two(D % part, 16) if D % part or not D else 0,
-            "BLOCK_M": chosen["BLOCK_M"], "BLOCK_N": chosen["BLOCK_N"],
+            "BLOCK_M": block_m, "BLOCK_N": block_n,
         },
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
@@ -340,6 +341,6 @@ def launches(
     return (out.transpose(1, 2), lse), [launch]
 
 
-def dense_inside(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where what follows its two leading axes is not contiguous."""
-    return tensor if tensor[:1, :1].is_contiguous() else tensor.contiguous()
+def rows_near(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor, copied only where its last axis is not contiguous or `rows` tokens span 2^31 elements."""
+    return unit_last_stride(tensor) if abs(tensor.stride(2)) * rows < 2**31 else tensor.contiguous()

@@ -15,7 +15,6 @@ constexpr int kStripRows = 6;
 constexpr int kStripVectors = kLanes == 16 ? 4 : 2;
 constexpr int kStrips = kPitch / kLanes / kStripVectors;  // strips side by side in a full row
 constexpr int64_t kLine = 16;                             // floats in a cache line
-constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
 // Cuts rows into strips of up to kStripRows, the last two of like height: body(Int<R>, first_row).
