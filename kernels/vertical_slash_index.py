@@ -1,0 +1,335 @@
+"""vertical_slash_index in Triton: one small kernel for what needs no scores, one for the columns.
+
+The programs of the second kernel take work from a queue, longest first: one head and a few segments, whose sampled rows
+are the columns of an MMA tile `[BLOCK_K, ROWS]`.
+
+    pass 1: S^T = K Q^T; maximum and sum of exp2 of each row           softmax_rows
+    pass 2: score[segment, key] = sum of exp2(S^T - maximum) / sum     score_keys, into the program's workspace
+    the k-th best score: a search over the bits of the floats          find_bounds
+    the keys above it, in order, and how many each tile sees           write_columns, write_slices
+
+Each program has a workspace of its own, so only its own threads must agree on it: tl.debug_barrier() orders their
+global accesses as it does shared ones.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, cdiv, power_of_two, unit_last_stride
+from .tuning import config
+
+LOG2E = 1.4426950408889634
+INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def window_start(row, window, q_block, q_offset, sinks, n_k):
+    """First key of the window of a row's tile; 0 where it would touch the sinks. A window may be 2^31 - 1."""
+    low = (row // q_block * q_block).to(tl.int64) + q_offset - window
+    low = tl.minimum(tl.maximum(low, 0), n_k).to(tl.int32)
+    return tl.where(low <= sinks, 0, low)
+
+
+@triton.jit(do_not_specialize=["n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns"])
+def vertical_slash_ranges_kernel(
+    window, ranges, range_slice, chosen, column_slice, queue,
+    window_h, n_q, n_k, sinks, q_block, segment, q_offset, max_columns,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Ranges and slices of BLOCK_T tiles, no column in any; BLOCK_C zeros of the column list; the queue's start."""
+    block, h = tl.program_id(0), tl.program_id(1)
+    H = tl.num_programs(1)
+    head = (tl.program_id(2) * H + h).to(tl.int64)
+    T, S = tl.cdiv(n_q, q_block), tl.cdiv(n_q, segment)
+    tl.store(queue, 0, mask=(block == 0) & (head == 0))
+
+    tile = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    low = window_start(tile * q_block, tl.load(window + h * window_h), q_block, q_offset, sinks, n_k)
+    high = tl.minimum((tile + 1) * q_block, n_q).to(tl.int64) + q_offset
+    high = tl.minimum(tl.maximum(high, 0), n_k).to(tl.int32)
+    has_sinks = (low > 0) & (sinks > 0)
+    # Whole lines of [ranges of a tile] = first, stop of the sinks or the window; first, stop of the window.
+    part = tl.arange(0, 4)[None, :]
+    low, high, has_sinks = low[:, None], high[:, None], has_sinks[:, None]
+    bounds = tl.where(part % 2 == 0, low, high)
+    bounds = tl.where(has_sinks & (part == 0), 0, tl.where(has_sinks & (part == 1), sinks, bounds))
+    inside = (tile < T)[:, None]
+    at = head * T + tile[:, None]
+    tl.store(ranges + 4 * at + part, bounds, mask=inside)
+    part = tl.arange(0, 2)[None, :]
+    count = has_sinks.to(tl.int32) + (high > low).to(tl.int32)
+    tl.store(range_slice + 2 * at + part, tl.where(part == 0, 2 * tile[:, None], count), mask=inside)
+    first = tile * q_block // segment * max_columns
+    tl.store(column_slice + 2 * at + part, tl.where(part == 0, first[:, None], 0), mask=inside)
+
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    tl.store(chosen + head * S * max_columns + c, tl.zeros((BLOCK_C,), tl.int32), mask=c < S * max_columns)
+
+
+@triton.jit
+def logits(rows, keys, k_n, start, n_k, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`[BLOCK_K, ROWS]`: k . q of keys from `start` on, times `factor`; `rows` are `[BLOCK_D, ROWS]`."""
+    n, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    inside = (start + n < n_k)[:, None]
+    if D < BLOCK_D:
+        inside = inside & (d < D)[None, :]
+    at = keys + (start + n).to(tl.int64)[:, None] * k_n + d[None, :]
+    return factor * tl.dot(tl.load(at, mask=inside, other=0.0), rows, input_precision="ieee")
+
+
+@triton.jit
+def softmax_rows(
+    rows, end, least_end, limit, keys, k_n, n_k, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum `[ROWS]` over the keys below `end`; the sum is 0 without keys, NaN where a score is not finite.
+
+    Every element of the tile keeps a maximum and a sum of its own, so that no thread waits for another and one
+    exponential serves both cases: 2^-|gap| scales the old sum where the new score is larger, else it is added.
+    """
+    n = tl.arange(0, BLOCK_K)
+    high = tl.full((BLOCK_K, ROWS), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((BLOCK_K, ROWS), tl.float32)
+    for start in range(0, limit, BLOCK_K):
+        score = logits(rows, keys, k_n, start, n_k, factor, D, BLOCK_D, BLOCK_K)
+        if start + BLOCK_K > least_end:
+            score = tl.where((start + n)[:, None] < end[None, :], score, -float("inf"))
+        gap = score - high
+        weight = tl.exp2(-tl.abs(gap))
+        total = tl.where(gap > 0, total * weight + 1.0, total + weight)
+        high = tl.maximum(high, score)
+    top = tl.max(high, 0)
+    return top, tl.sum(total * tl.exp2(high - top[None, :]), 0)
+
+
+@triton.jit
+def score_keys(
+    rows, top, inverse, low, least_low, live, add, sinks, limit, scores, pitch, keys, k_n, n_k, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """scores[segment, key] = sum over its rows of the key's share, 0 outside [sinks, low of the row)."""
+    n, segment = tl.arange(0, BLOCK_K), tl.arange(0, ROWS // SAMPLES)
+    for start in range(sinks // BLOCK_K * BLOCK_K, limit, BLOCK_K):
+        key = start + n
+        share = tl.exp2(logits(rows, keys, k_n, start, n_k, factor, D, BLOCK_D, BLOCK_K) - top[None, :])
+        share = tl.where(live[None, :], share * inverse[None, :], 0.0)
+        if (start < sinks) | (start + BLOCK_K > least_low):
+            share = tl.where((key >= sinks)[:, None] & (key[:, None] < low[None, :]), share, 0.0)
+        sums = tl.sum(tl.reshape(share, (BLOCK_K, ROWS // SAMPLES, SAMPLES)), 2)
+        to = scores + segment[None, :] * pitch + key[:, None]
+        if MORE:
+            sums += tl.load(to, mask=add, other=0.0)
+        tl.store(to, sums)
+
+
+@triton.jit
+def find_bounds(bits, first, stop, wanted, BLOCK_S: tl.constexpr):
+    """(low, high, above): `above` <= wanted scores have bits >= high; more than wanted have bits >= low, or low is 0.
+
+    Ends where above == wanted or high == low + 1. Three values between low and high are tried in every pass.
+    """
+    low, above = 0, 0
+    high = tl.where(stop - first <= wanted, 1, INFINITY_BITS)  # all that are positive
+    while (above < wanted) & (high - low > 1):
+        step = (high - low + 3) // 4
+        a, b, c = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
+        n_a = tl.zeros((BLOCK_S,), tl.int32)
+        n_b, n_c = n_a, n_a
+        for start in range(first, stop, BLOCK_S):
+            key = start + tl.arange(0, BLOCK_S)
+            x = tl.load(bits + key, mask=key < stop, other=0)
+            n_a += (x >= a).to(tl.int32)
+            n_b += (x >= b).to(tl.int32)
+            n_c += (x >= c).to(tl.int32)
+        n_a, n_b, n_c = tl.sum(n_a, 0), tl.sum(n_b, 0), tl.sum(n_c, 0)
+        # The counts fall from a to c; the last that is above wanted gives low, the first that is not gives high.
+        low = tl.where(n_c > wanted, c, tl.where(n_b > wanted, b, tl.where(n_a > wanted, a, low)))
+        if n_a <= wanted:
+            high, above = a, n_a
+        elif n_b <= wanted:
+            high, above = b, n_b
+        elif n_c <= wanted:
+            high, above = c, n_c
+    return low, high, above
+
+
+@triton.jit
+def write_columns(bits, first, stop, low, high, equals, chosen, BLOCK_S: tl.constexpr):
+    """Writes the keys with bits >= high and the first `equals` of those in [low, high), ascending; how many."""
+    count, ties = 0, 0
+    for start in range(first, stop, BLOCK_S):
+        key = start + tl.arange(0, BLOCK_S)
+        x = tl.load(bits + key, mask=key < stop, other=0)
+        sure = (x >= high).to(tl.int32)
+        tie = ((x >= low) & (x < high) & (equals > 0)).to(tl.int32)
+        both = sure + (tie << 16)  # one scan for two counts, each below 2^16
+        upto = tl.cumsum(both, 0)
+        earlier = ties + (upto >> 16) - tie
+        to = count + (upto & 0xFFFF) - sure + tl.minimum(earlier, equals)
+        tl.store(chosen + to, key, mask=(sure > 0) | ((tie > 0) & (earlier < equals)))
+        total = tl.sum(both, 0)
+        count += total & 0xFFFF
+        ties += total >> 16
+    return count + tl.minimum(ties, equals)
+
+
+@triton.jit
+def write_slices(
+    chosen, count, base, slices, first_tile, last_tile, window, q_block, q_offset, sinks, n_k,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(base, chosen keys before the tile's window) of every tile."""
+    for start in range(first_tile, last_tile, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        low = window_start(tile * q_block, window, q_block, q_offset, sinks, n_k)
+        below = tl.zeros((BLOCK_T,), tl.int32)
+        for at in range(0, count, BLOCK_C):
+            c = at + tl.arange(0, BLOCK_C)
+            key = tl.load(chosen + c, mask=c < count, other=0x7FFFFFFF)
+            below += tl.sum((key[None, :] < low[:, None]).to(tl.int32), 1)
+        part = tl.arange(0, 2)[None, :]
+        pair = tl.where(part == 0, base, below[:, None])
+        tl.store(slices + 2 * tile[:, None] + part, pair, mask=(tile < last_tile)[:, None])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "H", "groups", "items", "n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns", "stride", "samples",
+    ]
+)  # fmt: skip
+def vertical_slash_index_kernel(
+    q, k, window, columns, chosen, column_slice, workspace, queue,
+    q_b, q_h, q_n, k_b, k_h, k_n, window_h, columns_h,
+    H, group_heads, groups, items, n_q, n_k, sinks, q_block, segment, q_offset, max_columns, stride, samples, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Columns and their slices of the heads that have a budget; SEGMENTS = ROWS // SAMPLES segments at a time.
+
+    Rows of S^T that are no sample of their segment repeat its last row and are not `live`: they count nothing.
+    """
+    SEGMENTS: tl.constexpr = ROWS // SAMPLES
+    T, S = tl.cdiv(n_q, q_block), tl.cdiv(n_q, segment)
+    pitch = (tl.cdiv(n_k, 256) * 256).to(tl.int64)
+    scores = workspace + tl.program_id(0).to(tl.int64) * SEGMENTS * pitch
+    bits = scores.to(tl.pointer_type(tl.int32), bitcast=True)
+    item = tl.atomic_add(queue, 1, sem="relaxed")
+    while item < items:
+        head, group = item % (items // groups), groups - 1 - item // (items // groups)
+        b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+        width = tl.load(window + h * window_h)
+        wanted = tl.minimum(tl.load(columns + h * columns_h), max_columns)
+        last = tl.minimum((group + 1) * SEGMENTS * segment, n_q) - 1
+        limit = window_start(last, width, q_block, q_offset, sinks, n_k)
+        if (wanted > 0) & (limit > 0):
+            keys = k + b * k_b + h // group_heads * k_h
+            r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+            start = (group * SEGMENTS + r // SAMPLES) * segment
+            stop = tl.minimum(start + segment, n_q)
+            for first_sample in range(0, samples if MORE else 1, SAMPLES):
+                sample = first_sample + r % SAMPLES
+                row = start + (sample + 1) * stride - 1
+                live = (sample < samples) & (row - stride < stop - 1)
+                row = tl.minimum(row, tl.maximum(stop, 1) - 1)
+                row = tl.minimum(row, n_q - 1)
+                low = window_start(row, width, q_block, q_offset, sinks, n_k)
+                live = live & (low > 0)
+                end = tl.minimum(tl.maximum(row.to(tl.int64) + q_offset + 1, 0), n_k).to(tl.int32)
+                at = q + b * q_b + h * q_h + row.to(tl.int64)[None, :] * q_n + d[:, None]
+                rows = tl.load(at, mask=(d < D)[:, None], other=0.0)
+                furthest, nearest = tl.max(tl.where(live, end, 0), 0), tl.min(tl.where(live, end, 0x7FFFFFFF), 0)
+                top, total = softmax_rows(
+                    rows, end, nearest, furthest, keys, k_n, n_k, factor, D, BLOCK_D, ROWS, BLOCK_K
+                )
+                live = live & (total > 0)  # not one whose scores are not finite
+                inverse = tl.where(live, 1.0 / total, 0.0)
+                nearest = tl.min(tl.where(live, low, 0x7FFFFFFF), 0)
+                score_keys(
+                    rows, top, inverse, low, nearest, live, first_sample > 0, sinks, limit, scores, pitch,
+                    keys, k_n, n_k, factor, D, BLOCK_D, ROWS, SAMPLES, MORE, BLOCK_K,
+                )  # fmt: skip
+                tl.debug_barrier()  # other threads read these scores
+            for i in range(SEGMENTS):
+                s = group * SEGMENTS + i
+                last = tl.minimum((s + 1) * segment, n_q) - 1
+                low_end = window_start(last, width, q_block, q_offset, sinks, n_k)
+                if (s < S) & (low_end > 0):
+                    # Whole lines of 16: scores outside [sinks, low_end) are 0.
+                    begin, finish = sinks // 16 * 16, tl.cdiv(low_end, 16) * 16
+                    mine = bits + i * pitch
+                    least, high, above = find_bounds(mine, begin, finish, wanted, BLOCK_S)
+                    equals = tl.where(least > 0, wanted - above, 0)
+                    to = chosen + ((b * H + h) * S + s) * max_columns
+                    count = write_columns(mine, begin, finish, least, high, equals, to, BLOCK_S)
+                    tl.debug_barrier()  # other threads read these columns
+                    first_tile, tiles = s * segment // q_block, segment // q_block
+                    write_slices(
+                        to, count, s * max_columns, column_slice + (b * H + h) * T * 2, first_tile,
+                        tl.minimum(first_tile + tiles, T), width, q_block, q_offset, sinks, n_k, BLOCK_T, BLOCK_C,
+                    )  # fmt: skip
+            tl.debug_barrier()  # all scores are read before the next item's are written
+        item = tl.atomic_add(queue, 1, sem="relaxed")
+
+
+def launches(
+    q: Tensor, k: Tensor, window: Tensor, columns: Tensor, max_columns: int, sinks: int, segment: int, samples: int,
+    q_block: int, q_offset: int, scale: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:  # fmt: skip
+    """The results, still unwritten, and what writes them."""
+    B, H, n_q, D = q.shape
+    G, n_k = k.shape[1:3]
+    T, S = cdiv(n_q, q_block), cdiv(n_q, segment)
+    ranges, range_slice, chosen, column_slice = (
+        window.new_empty(B, H, *shape) for shape in ((2 * T, 2), (T, 2), (S * max_columns,), (T, 2))
+    )
+    queue = window.new_empty(1)
+    q, k = unit_last_stride(q), unit_last_stride(k)
+    # Whatever is longer than the prompt is as long as the prompt: no product of sizes leaves int32.
+    block = min(q_block, max(n_q, 1))
+    numbers = {
+        "n_q": n_q, "n_k": n_k, "sinks": min(sinks, n_k), "q_block": block,
+        "segment": min(segment, max(T, 1) * block), "q_offset": q_offset, "max_columns": max_columns,
+    }  # fmt: skip
+    tiles, zeros = 64, 1024
+    small = Launch(
+        vertical_slash_ranges_kernel,
+        grid=(max(cdiv(T, tiles), cdiv(S * max_columns, zeros)), H, B),
+        args={
+            "window": window, "ranges": ranges, "range_slice": range_slice, "chosen": chosen,
+            "column_slice": column_slice, "queue": queue, "window_h": window.stride(0), **numbers,
+        },
+        constants={"BLOCK_T": tiles, "BLOCK_C": zeros},
+        num_warps=4,
+    )  # fmt: skip
+    results = ranges, range_slice, chosen, column_slice
+    if 0 in (max_columns, n_k, B * H * n_q):
+        return results, [small]
+    chosen_config = config("vertical_slash_index", q.device, row_bytes=max(D, 1) * q.element_size(), segments=B * H * S)
+    most = power_of_two(min(samples, n_q))
+    ROWS = max(chosen_config["ROWS"], min(most, 64))
+    SAMPLES = min(max(most, ROWS // 4), ROWS)  # at most four segments at a time: a workspace of 4 n_k scores
+    groups = cdiv(S, ROWS // SAMPLES)
+    programs = min(B * H * groups, chosen_config["programs"])
+    large = Launch(
+        vertical_slash_index_kernel,
+        grid=(programs, 1, 1),
+        args={
+            "q": q, "k": k, "window": window, "columns": columns, "chosen": chosen, "column_slice": column_slice,
+            "workspace": q.new_empty(programs, ROWS // SAMPLES, cdiv(n_k, 256) * 256, dtype=torch.float32),
+            "queue": queue,
+            **{f"{name}_{axis}": x.stride(i) for name, x in (("q", q), ("k", k)) for i, axis in enumerate("bhn")},
+            "window_h": window.stride(0), "columns_h": columns.stride(0), "H": H, "group_heads": H // G,
+            "groups": groups, "items": B * H * groups, **numbers, "stride": min(segment // samples, n_q),
+            "samples": min(samples, n_q), "factor": scale * LOG2E,
+        },
+        constants={
+            "D": D, "BLOCK_D": power_of_two(D, 16), "ROWS": ROWS, "SAMPLES": SAMPLES, "MORE": most > ROWS,
+            "BLOCK_K": chosen_config["BLOCK_K"], "BLOCK_S": chosen_config["BLOCK_S"], "BLOCK_T": 16, "BLOCK_C": 128,
+        },
+        num_warps=chosen_config["num_warps"],
+        num_stages=chosen_config["num_stages"],
+    )  # fmt: skip
+    return results, [small, large]
