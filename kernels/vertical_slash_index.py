@@ -69,13 +69,11 @@ def vertical_slash_ranges_kernel(
 
 
 @triton.jit
-def logits(rows, keys, k_n, start, n_k, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[BLOCK_K, ROWS]`: k . q of keys from `start` on, times `factor`; `rows` are `[BLOCK_D, ROWS]`."""
-    n, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
-    inside = (start + n < n_k)[:, None]
+def logits(rows, at, n, n_k, factor, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[BLOCK_K, ROWS]`: k . q of the keys `n` at pointers `at`, times `factor`; `rows` are `[BLOCK_D, ROWS]`."""
+    inside = (n < n_k)[:, None]
     if D < BLOCK_D:
-        inside = inside & (d < D)[None, :]
-    at = keys + (start + n).to(tl.int64)[:, None] * k_n + d[None, :]
+        inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
     return factor * tl.dot(tl.load(at, mask=inside, other=0.0), rows, input_precision="ieee")
 
 
@@ -89,40 +87,46 @@ def softmax_rows(
     Every element of the tile keeps a maximum and a sum of its own, so that no thread waits for another and one
     exponential serves both cases: 2^-|gap| scales the old sum where the new score is larger, else it is added.
     """
-    n = tl.arange(0, BLOCK_K)
+    n, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    offset = n[:, None] * k_n + d[None, :]
     high = tl.full((BLOCK_K, ROWS), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((BLOCK_K, ROWS), tl.float32)
     for start in range(0, limit, BLOCK_K):
-        score = logits(rows, keys, k_n, start, n_k, factor, D, BLOCK_D, BLOCK_K)
+        score = logits(rows, keys + offset, start + n, n_k, factor, D, BLOCK_D)
         if start + BLOCK_K > least_end:
             score = tl.where((start + n)[:, None] < end[None, :], score, -float("inf"))
         gap = score - high
         weight = tl.exp2(-tl.abs(gap))
         total = tl.where(gap > 0, total * weight + 1.0, total + weight)
         high = tl.maximum(high, score)
+        keys += BLOCK_K * k_n
     top = tl.max(high, 0)
     return top, tl.sum(total * tl.exp2(high - top[None, :]), 0)
 
 
 @triton.jit
 def score_keys(
-    rows, top, inverse, low, least_low, live, add, sinks, limit, scores, pitch, keys, k_n, n_k, factor,
+    rows, top, inverse, low, least_low, add, sinks, limit, scores, pitch, keys, k_n, n_k, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """scores[segment, key] = sum over its rows of the key's share, 0 outside [sinks, low of the row)."""
-    n, segment = tl.arange(0, BLOCK_K), tl.arange(0, ROWS // SAMPLES)
-    for start in range(sinks // BLOCK_K * BLOCK_K, limit, BLOCK_K):
+    """scores[segment, key] = sum over its live rows of the key's share, 0 outside [sinks, low of the row)."""
+    LOW: tl.constexpr = min(SAMPLES, 8)
+    n, d, segment = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, ROWS // SAMPLES)
+    first = sinks // BLOCK_K * BLOCK_K
+    offset = n[:, None] * k_n + d[None, :]
+    keys += tl.cast(first, tl.int64) * k_n
+    for start in range(first, limit, BLOCK_K):
         key = start + n
-        share = tl.exp2(logits(rows, keys, k_n, start, n_k, factor, D, BLOCK_D, BLOCK_K) - top[None, :])
-        share = tl.where(live[None, :], share * inverse[None, :], 0.0)
+        share = tl.exp2(logits(rows, keys + offset, key, n_k, factor, D, BLOCK_D) - top[None, :]) * inverse[None, :]
         if (start < sinks) | (start + BLOCK_K > least_low):
             share = tl.where((key >= sinks)[:, None] & (key[:, None] < low[None, :]), share, 0.0)
-        sums = tl.sum(tl.reshape(share, (BLOCK_K, ROWS // SAMPLES, SAMPLES)), 2)
+        sums = tl.sum(tl.sum(tl.reshape(share, (BLOCK_K, SAMPLES // LOW, ROWS // SAMPLES, LOW)), 1), 2)
         to = scores + segment[None, :] * pitch + key[:, None]
         if MORE:
             sums += tl.load(to, mask=add, other=0.0)
         tl.store(to, sums)
+        keys += BLOCK_K * k_n
 
 
 @triton.jit
@@ -197,11 +201,11 @@ def write_slices(
 
 @triton.jit(
     do_not_specialize=[
-        "H", "groups", "items", "n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns", "stride", "samples",
+        "H", "group_heads", "groups", "items", "n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns", "stride", "samples",
     ]
 )  # fmt: skip
 def vertical_slash_index_kernel(
-    q, k, window, columns, chosen, column_slice, workspace, queue,
+    q, k, window, columns, chosen, column_slice, queue, workspace,
     q_b, q_h, q_n, k_b, k_h, k_n, window_h, columns_h,
     H, group_heads, groups, items, n_q, n_k, sinks, q_block, segment, q_offset, max_columns, stride, samples, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
@@ -227,10 +231,12 @@ def vertical_slash_index_kernel(
         if (wanted > 0) & (limit > 0):
             keys = k + b * k_b + h // group_heads * k_h
             r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-            start = (group * SEGMENTS + r // SAMPLES) * segment
+            # Row r = (high * SEGMENTS + segment) * LOW + low of sample high * LOW + low: 8 neighbours share a warp.
+            LOW: tl.constexpr = min(SAMPLES, 8)
+            start = (group * SEGMENTS + r // LOW % SEGMENTS) * segment
             stop = tl.minimum(start + segment, n_q)
             for first_sample in range(0, samples if MORE else 1, SAMPLES):
-                sample = first_sample + r % SAMPLES
+                sample = first_sample + r // (LOW * SEGMENTS) * LOW + r % LOW
                 row = start + (sample + 1) * stride - 1
                 live = (sample < samples) & (row - stride < stop - 1)
                 row = tl.minimum(row, tl.maximum(stop, 1) - 1)
@@ -244,11 +250,15 @@ def vertical_slash_index_kernel(
                 top, total = softmax_rows(
                     rows, end, nearest, furthest, keys, k_n, n_k, factor, D, BLOCK_D, ROWS, BLOCK_K
                 )
-                live = live & (total > 0)  # not one whose scores are not finite
-                inverse = tl.where(live, 1.0 / total, 0.0)
+                # A row that counts nothing gets 2^(S - infinity) = 0, but NaN of scores that are not finite. Those have
+                # made its sum NaN, as pass 1 met all keys that pass 2 does not mask: then pass 2 masks every tile.
+                live = live & (total > 0)
+                top, inverse = tl.where(live, top, float("inf")), tl.where(live, 1.0 / total, 0.0)
+                low = tl.where(live, low, 0)
                 nearest = tl.min(tl.where(live, low, 0x7FFFFFFF), 0)
+                nearest = tl.min(tl.where(total == total, nearest, 0), 0)
                 score_keys(
-                    rows, top, inverse, low, nearest, live, first_sample > 0, sinks, limit, scores, pitch,
+                    rows, top, inverse, low, nearest, first_sample > 0, sinks, limit, scores, pitch,
                     keys, k_n, n_k, factor, D, BLOCK_D, ROWS, SAMPLES, MORE, BLOCK_K,
                 )  # fmt: skip
                 tl.debug_barrier()  # other threads read these scores
@@ -274,6 +284,15 @@ def vertical_slash_index_kernel(
         item = tl.atomic_add(queue, 1, sem="relaxed")
 
 
+def check_sizes(q: Tensor, n_k: int, lists: int, q_offset: int) -> None:
+    """Raises ValueError for what the kernels cannot do, before any memory is touched."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"vertical_slash_index: q is {q.dtype}; on a GPU it must be float16, bfloat16 or float32")
+    for name, size in (("n_q", q.shape[2]), ("n_k", n_k), ("columns of a head", lists), ("q_offset", abs(q_offset))):
+        if size >= 2**30:
+            raise ValueError(f"vertical_slash_index: {name}={size} is not below 2^30")
+
+
 def launches(
     q: Tensor, k: Tensor, window: Tensor, columns: Tensor, max_columns: int, sinks: int, segment: int, samples: int,
     q_block: int, q_offset: int, scale: float,
@@ -282,54 +301,50 @@ def launches(
     B, H, n_q, D = q.shape
     G, n_k = k.shape[1:3]
     T, S = cdiv(n_q, q_block), cdiv(n_q, segment)
-    ranges, range_slice, chosen, column_slice = (
-        window.new_empty(B, H, *shape) for shape in ((2 * T, 2), (T, 2), (S * max_columns,), (T, 2))
-    )
-    queue = window.new_empty(1)
-    q, k = unit_last_stride(q), unit_last_stride(k)
-    # Whatever is longer than the prompt is as long as the prompt: no product of sizes leaves int32.
-    block = min(q_block, max(n_q, 1))
+    check_sizes(q, n_k, S * max_columns, q_offset)
+    results = tuple(window.new_empty(B, H, *shape) for shape in ((2 * T, 2), (T, 2), (S * max_columns,), (T, 2)))
+    names = ("ranges", "range_slice", "chosen", "column_slice")
+    written = dict(zip(names, results, strict=True)) | {"queue": window.new_empty(1)}
+    # What is longer than the prompt is as long as the prompt, so that no product of sizes leaves int32.
+    block = max(min(q_block, n_q), 1)
     numbers = {
-        "n_q": n_q, "n_k": n_k, "sinks": min(sinks, n_k), "q_block": block,
-        "segment": min(segment, max(T, 1) * block), "q_offset": q_offset, "max_columns": max_columns,
+        "n_q": n_q, "n_k": n_k, "sinks": min(sinks, n_k), "q_block": block, "segment": min(segment, max(T, 1) * block),
+        "q_offset": q_offset, "max_columns": max_columns,
     }  # fmt: skip
     tiles, zeros = 64, 1024
     small = Launch(
         vertical_slash_ranges_kernel,
         grid=(max(cdiv(T, tiles), cdiv(S * max_columns, zeros)), H, B),
-        args={
-            "window": window, "ranges": ranges, "range_slice": range_slice, "chosen": chosen,
-            "column_slice": column_slice, "queue": queue, "window_h": window.stride(0), **numbers,
-        },
+        args={"window": window, **written, "window_h": window.stride(0), **numbers},
         constants={"BLOCK_T": tiles, "BLOCK_C": zeros},
         num_warps=4,
-    )  # fmt: skip
-    results = ranges, range_slice, chosen, column_slice
+    )
     if 0 in (max_columns, n_k, B * H * n_q):
         return results, [small]
-    chosen_config = config("vertical_slash_index", q.device, row_bytes=max(D, 1) * q.element_size(), segments=B * H * S)
-    most = power_of_two(min(samples, n_q))
-    ROWS = max(chosen_config["ROWS"], min(most, 64))
-    SAMPLES = min(max(most, ROWS // 4), ROWS)  # at most four segments at a time: a workspace of 4 n_k scores
+    shape = {"head_dim": max(D, 1), "item_bytes": q.element_size(), "segments": B * H * S}
+    chosen = config("vertical_slash_index", q.device, **shape)
+    ROWS, wanted = chosen["ROWS"], power_of_two(min(samples, n_q))
+    SAMPLES = min(max(wanted, ROWS // 4), ROWS)  # at most four segments at a time share a workspace
     groups = cdiv(S, ROWS // SAMPLES)
-    programs = min(B * H * groups, chosen_config["programs"])
+    programs = min(B * H * groups, chosen["programs"])
+    q, k = unit_last_stride(q), unit_last_stride(k)
+    inputs = {"q": q, "k": k, "window": window, "columns": columns}
+    strides = {f"{name}_{axis}": inputs[name].stride(i) for name in "qk" for i, axis in enumerate("bhn")}
     large = Launch(
         vertical_slash_index_kernel,
         grid=(programs, 1, 1),
         args={
-            "q": q, "k": k, "window": window, "columns": columns, "chosen": chosen, "column_slice": column_slice,
+            **inputs, "chosen": written["chosen"], "column_slice": written["column_slice"], "queue": written["queue"],
             "workspace": q.new_empty(programs, ROWS // SAMPLES, cdiv(n_k, 256) * 256, dtype=torch.float32),
-            "queue": queue,
-            **{f"{name}_{axis}": x.stride(i) for name, x in (("q", q), ("k", k)) for i, axis in enumerate("bhn")},
-            "window_h": window.stride(0), "columns_h": columns.stride(0), "H": H, "group_heads": H // G,
+            **strides, "window_h": window.stride(0), "columns_h": columns.stride(0), "H": H, "group_heads": H // G,
             "groups": groups, "items": B * H * groups, **numbers, "stride": min(segment // samples, n_q),
             "samples": min(samples, n_q), "factor": scale * LOG2E,
         },
         constants={
-            "D": D, "BLOCK_D": power_of_two(D, 16), "ROWS": ROWS, "SAMPLES": SAMPLES, "MORE": most > ROWS,
-            "BLOCK_K": chosen_config["BLOCK_K"], "BLOCK_S": chosen_config["BLOCK_S"], "BLOCK_T": 16, "BLOCK_C": 128,
+            "D": D, "BLOCK_D": power_of_two(D, 16), "ROWS": ROWS, "SAMPLES": SAMPLES, "MORE": wanted > ROWS,
+            "BLOCK_K": chosen["BLOCK_K"], "BLOCK_S": chosen["BLOCK_S"], "BLOCK_T": 16, "BLOCK_C": 128,
         },
-        num_warps=chosen_config["num_warps"],
-        num_stages=chosen_config["num_stages"],
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )  # fmt: skip
     return results, [small, large]
