@@ -130,24 +130,30 @@ def score_keys(
 
 
 @triton.jit
-def find_bounds(bits, first, stop, wanted, BLOCK_S: tl.constexpr):
+def count_from(x, least):
+    """How many of four neighbours are at least `least`: `[n]` of x `[4 n]`, within a thread."""
+    return tl.sum(tl.reshape((x >= least).to(tl.int32), (x.shape[0] // 4, 4)), 1)
+
+
+@triton.jit
+def find_bounds(bits, first, stop, wanted, guess, spread, BLOCK_S: tl.constexpr):
     """(low, high, above): `above` <= wanted scores have bits >= high; more than wanted have bits >= low, or low is 0.
 
-    Ends where above == wanted or high == low + 1. Three values between low and high are tried in every pass.
+    Ends where above == wanted or high == low + 1. Every pass tries three values between low and high: those of the
+    first are at and around `guess`, later ones quarter what is left.
     """
     low, above = 0, 0
     high = tl.where(stop - first <= wanted, 1, INFINITY_BITS)  # all that are positive
+    a, b, c = tl.maximum(guess - spread, 1), guess, guess + spread
     while (above < wanted) & (high - low > 1):
-        step = (high - low + 3) // 4
-        a, b, c = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
-        n_a = tl.zeros((BLOCK_S,), tl.int32)
+        n_a = tl.zeros((BLOCK_S // 4,), tl.int32)
         n_b, n_c = n_a, n_a
         for start in range(first, stop, BLOCK_S):
             key = start + tl.arange(0, BLOCK_S)
             x = tl.load(bits + key, mask=key < stop, other=0)
-            n_a += (x >= a).to(tl.int32)
-            n_b += (x >= b).to(tl.int32)
-            n_c += (x >= c).to(tl.int32)
+            n_a += count_from(x, a)
+            n_b += count_from(x, b)
+            n_c += count_from(x, c)
         n_a, n_b, n_c = tl.sum(n_a, 0), tl.sum(n_b, 0), tl.sum(n_c, 0)
         # The counts fall from a to c; the last that is above wanted gives low, the first that is not gives high.
         low = tl.where(n_c > wanted, c, tl.where(n_b > wanted, b, tl.where(n_a > wanted, a, low)))
@@ -157,15 +163,17 @@ def find_bounds(bits, first, stop, wanted, BLOCK_S: tl.constexpr):
             high, above = b, n_b
         elif n_c <= wanted:
             high, above = c, n_c
+        step = (high - low + 3) // 4
+        a, b, c = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
     return low, high, above
 
 
 @triton.jit
-def write_columns(bits, first, stop, low, high, equals, chosen, BLOCK_S: tl.constexpr):
+def write_columns(bits, first, stop, low, high, equals, chosen, BLOCK_W: tl.constexpr):
     """Writes the keys with bits >= high and the first `equals` of those in [low, high), ascending; how many."""
     count, ties = 0, 0
-    for start in range(first, stop, BLOCK_S):
-        key = start + tl.arange(0, BLOCK_S)
+    for start in range(first, stop, BLOCK_W):
+        key = start + tl.arange(0, BLOCK_W)
         x = tl.load(bits + key, mask=key < stop, other=0)
         sure = (x >= high).to(tl.int32)
         tie = ((x >= low) & (x < high) & (equals > 0)).to(tl.int32)
@@ -209,7 +217,7 @@ def vertical_slash_index_kernel(
     q_b, q_h, q_n, k_b, k_h, k_n, window_h, columns_h,
     H, group_heads, groups, items, n_q, n_k, sinks, q_block, segment, q_offset, max_columns, stride, samples, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Columns and their slices of the heads that have a budget; SEGMENTS = ROWS // SAMPLES segments at a time.
 
@@ -220,7 +228,7 @@ def vertical_slash_index_kernel(
     pitch = (tl.cdiv(n_k, 256) * 256).to(tl.int64)
     scores = workspace + tl.program_id(0).to(tl.int64) * SEGMENTS * pitch
     bits = scores.to(tl.pointer_type(tl.int32), bitcast=True)
-    item = tl.atomic_add(queue, 1, sem="relaxed")
+    item = tl.program_id(0)
     while item < items:
         head, group = item % (items // groups), groups - 1 - item // (items // groups)
         b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -251,17 +259,21 @@ def vertical_slash_index_kernel(
                     rows, end, nearest, furthest, keys, k_n, n_k, factor, D, BLOCK_D, ROWS, BLOCK_K
                 )
                 # A row that counts nothing gets 2^(S - infinity) = 0, but NaN of scores that are not finite. Those have
-                # made its sum NaN, as pass 1 met all keys that pass 2 does not mask: then pass 2 masks every tile.
+                # made its sum NaN, as pass 1 met all keys below the least `low`: then pass 2 masks every tile, and also
+                # where no row is live.
                 live = live & (total > 0)
                 top, inverse = tl.where(live, top, float("inf")), tl.where(live, 1.0 / total, 0.0)
                 low = tl.where(live, low, 0)
                 nearest = tl.min(tl.where(live, low, 0x7FFFFFFF), 0)
-                nearest = tl.min(tl.where(total == total, nearest, 0), 0)
+                nearest = tl.min(tl.where((total == total) & (nearest <= limit), nearest, 0), 0)
                 score_keys(
                     rows, top, inverse, low, nearest, first_sample > 0, sinks, limit, scores, pitch,
                     keys, k_n, n_k, factor, D, BLOCK_D, ROWS, SAMPLES, MORE, BLOCK_K,
                 )  # fmt: skip
                 tl.debug_barrier()  # other threads read these scores
+            # The k-th best score is a few times the mean at first, then near that of the segment before.
+            guess = (1.0 * samples / limit).to(tl.int32, bitcast=True)
+            spread = 3 << 23
             for i in range(SEGMENTS):
                 s = group * SEGMENTS + i
                 last = tl.minimum((s + 1) * segment, n_q) - 1
@@ -270,10 +282,11 @@ def vertical_slash_index_kernel(
                     # Whole lines of 16: scores outside [sinks, low_end) are 0.
                     begin, finish = sinks // 16 * 16, tl.cdiv(low_end, 16) * 16
                     mine = bits + i * pitch
-                    least, high, above = find_bounds(mine, begin, finish, wanted, BLOCK_S)
+                    least, high, above = find_bounds(mine, begin, finish, wanted, guess, spread, BLOCK_S)
+                    guess, spread = high, 1 << 21
                     equals = tl.where(least > 0, wanted - above, 0)
                     to = chosen + ((b * H + h) * S + s) * max_columns
-                    count = write_columns(mine, begin, finish, least, high, equals, to, BLOCK_S)
+                    count = write_columns(mine, begin, finish, least, high, equals, to, BLOCK_W)
                     tl.debug_barrier()  # other threads read these columns
                     first_tile, tiles = s * segment // q_block, segment // q_block
                     write_slices(
@@ -281,7 +294,7 @@ def vertical_slash_index_kernel(
                         tl.minimum(first_tile + tiles, T), width, q_block, q_offset, sinks, n_k, BLOCK_T, BLOCK_C,
                     )  # fmt: skip
             tl.debug_barrier()  # all scores are read before the next item's are written
-        item = tl.atomic_add(queue, 1, sem="relaxed")
+        item = tl.num_programs(0) + tl.atomic_add(queue, 1, sem="relaxed")
 
 
 def check_sizes(q: Tensor, n_k: int, lists: int, q_offset: int) -> None:
@@ -342,7 +355,7 @@ def launches(
         },
         constants={
             "D": D, "BLOCK_D": power_of_two(D, 16), "ROWS": ROWS, "SAMPLES": SAMPLES, "MORE": wanted > ROWS,
-            "BLOCK_K": chosen["BLOCK_K"], "BLOCK_S": chosen["BLOCK_S"], "BLOCK_T": 16, "BLOCK_C": 128,
+            "BLOCK_K": chosen["BLOCK_K"], "BLOCK_S": chosen["BLOCK_S"], "BLOCK_W": chosen["BLOCK_W"], "BLOCK_T": 16, "BLOCK_C": 128,
         },
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],

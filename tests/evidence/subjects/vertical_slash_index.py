@@ -14,23 +14,32 @@ FIELDS = ("q", "k", "window", "columns", "max_columns", "sinks", "segment", "sam
 
 
 def make(
-    n: int, head_dim: int, heads: int, groups: int, dtype: torch.dtype, segment: int, samples: int, q_block: int,
-    columns: int, window: int, sinks: int, offset: int, kind: str = "random",
-) -> Flat:
-    """`offset` keys lie before the first query; the last head has other budgets than the first."""
-    q, k = torch.randn(1, heads, n, head_dim), torch.randn(1, groups, n + offset, head_dim)
-    if kind == "separated":  # by 3 % and more
+    shape: tuple[int, int, int], batch: int, heads: int, groups: int, head_dim: int, dtype: torch.dtype, segment: int,
+    samples: int, q_block: int, columns: int, most: int, window: int, sinks: int, kind: str, strided: bool = False,
+) -> Flat:  # fmt: skip
+    """`shape` is (n_q, n_k, q_offset). Heads differ in their budgets: every third has half of it, every third none.
+
+    Scores are random, `separated` by 3 % and more so that rounding cannot exchange them, all `equal`, or separated with
+    a `wild` key and a wild row that are not finite.
+    """
+    n_q, n_k, q_offset = shape
+    q, k = torch.randn(batch, heads, n_q, head_dim), torch.randn(batch, groups, n_k, head_dim)
+    if kind == "equal":
+        k = torch.ones_like(k)
+    elif kind != "random":
         q, k = torch.zeros_like(q), torch.zeros_like(k)
         q[..., 0] = 1
         for head in k.flatten(0, 1):
-            head[:, 0] = (torch.randperm(n + offset) / 32)
-    elif kind == "equal":
-        k = torch.ones_like(k)
-    budgets = [torch.full((heads,), x, dtype=torch.int32) for x in (window, columns)]
-    if heads > 1:
-        budgets[1][0] = columns // 2
-    scale = 1.0 if kind == "separated" else head_dim**-0.5
-    return (q.to(dtype), k.to(dtype), *budgets, columns, sinks, segment, samples, q_block, offset, scale)
+            head[:, 0] = torch.randperm(n_k) / 32
+    if kind == "wild":
+        k[-1, -1, n_k * 2 // 3] = torch.nan
+        q[0, 0, n_q * 3 // 4] = torch.inf
+    widths, counts = ([(x // (2 - h % 2) if h % 3 < 2 else 0) for h in range(1, heads + 1)] for x in (window, columns))
+    budgets = [torch.tensor(x, dtype=torch.int32) for x in (widths, counts)]
+    if strided:
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    scale = max(head_dim, 1) ** -0.5 if kind in ("random", "equal") else 1.0
+    return (q.to(dtype), k.to(dtype), *budgets, most, sinks, segment, samples, q_block, q_offset, scale)
 
 
 def rounding(at: dict[str, Any]) -> float:
@@ -86,36 +95,63 @@ def check(results: Any, args: Flat) -> None:
                 assert short <= bound, f"head {h}, segment {s}: {short} over {bound} for {len(lost)} columns"
 
 
-ROWS = pairwise(
-    shape=[(1, 0), (63, 0), (65, 70), (200, 0), (200, 130)], head_dim=[64, 128], heads=[(1, 1), (3, 1), (3, 3), (8, 1)],
-    segment=[(64, 4, 16), (128, 16, 64)], columns=[0, 7, 40, 500], window=[0, 20, 100, 1000], sinks=[0, 5],
-    kind=["random", "separated", "equal"],
+SHAPES = [(1, 1, 0), (63, 63, 0), (65, 135, 70), (200, 200, 0), (200, 330, 130), (65, 100, -20), (63, 90, 1000)]
+# (head_dim, samples, 16-bit dtype, dtype of the interpreter): every two of them meet, and only four kernels are built.
+KERNELS = [
+    (64, 4, torch.float16, torch.float32), (64, 16, torch.bfloat16, torch.float16),
+    (128, 4, torch.bfloat16, torch.float16), (128, 16, torch.float16, torch.float32),
+]  # fmt: skip
+PAIRS = pairwise(
+    shape=SHAPES, kernel=KERNELS, heads=[(1, 1, 1), (1, 3, 1), (2, 3, 3), (1, 8, 1)], tiles=[(64, 16), (128, 64)],
+    columns=[(0, 0), (7, 7), (40, 30), (500, 500)], window=[20, 0, 1000], sinks=[0, 5],
+    kind=["random", "separated", "equal"], strided=[False, True],
 )  # fmt: skip
 
 
-def cases(*dtypes: torch.dtype) -> dict[str, Case]:
+def cases(interpreted: bool) -> dict[str, Case]:
     found: dict[str, Case] = {}
-    for i, row in enumerate(ROWS):
-        (n, offset), (heads, groups), (segment, samples, q_block) = row["shape"], row["heads"], row["segment"]
-        dtype = dtypes[i % len(dtypes)]
-        name = f"{n}+{offset}-{row['head_dim']}-{heads}:{groups}-{segment}:{samples}-{row['columns']}-{row['window']}"
-        name += f"-{row['sinks']}-{row['kind']}-{str(dtype).removeprefix('torch.')}"
-        found[name] = functools.partial(
-            make, n=n, head_dim=row["head_dim"], heads=heads, groups=groups, dtype=dtype, segment=segment,
-            samples=samples, q_block=q_block, columns=row["columns"], window=row["window"], sinks=row["sinks"],
-            offset=offset, kind=row["kind"],
-        )  # fmt: skip
+    for row in PAIRS:
+        if interpreted and row["heads"][1] > 3:
+            continue
+        (head_dim, samples, *dtypes), (batch, heads, groups) = row["kernel"], row["heads"]
+        (segment, q_block), (columns, most) = row["tiles"], row["columns"]
+        case = {
+            "shape": row["shape"], "batch": batch, "heads": heads, "groups": groups, "head_dim": head_dim,
+            "dtype": dtypes[interpreted], "segment": segment, "samples": samples, "q_block": q_block,
+            "columns": columns, "most": most, "window": row["window"], "sinks": row["sinks"], "kind": row["kind"],
+            "strided": row["strided"],
+        }  # fmt: skip
+        words = (str(value).removeprefix("torch.") for value in case.values())
+        found["-".join(words).replace(" ", "")] = functools.partial(make, **case)
     return found
 
 
-EMULATED = cases(torch.float16, torch.bfloat16)
+def case(**changes: Any) -> Case:
+    """A case of three heads of which one is scored, changed."""
+    base = {
+        "shape": (200, 200, 0), "batch": 1, "heads": 3, "groups": 1, "head_dim": 64, "dtype": torch.float16,
+        "segment": 64, "samples": 32, "q_block": 32, "columns": 24, "most": 24, "window": 20, "sinks": 5,
+        "kind": "random",
+    }  # fmt: skip
+    return functools.partial(make, **base | changes)
+
+
+EMULATED = cases(interpreted=False) | {
+    "more samples than rows": case(),
+    "not finite": case(samples=4, kind="wild"),
+    "not finite, more samples than rows": case(kind="wild"),
+    # The configuration of many segments: four of them in 64 rows of a tile.
+    "many segments": case(
+        shape=(2000, 2000, 0), head_dim=128, dtype=torch.bfloat16, segment=16, samples=16, q_block=16, window=1700
+    ),
+}
 SUBJECT = Subject(
     op="vertical_slash_index",
     cases=EMULATED,
-    warp_cases=list(EMULATED)[:4],
-    interpreted=cases(torch.float16, torch.float32),
+    warp_cases=[*list(EMULATED)[6:9], "many segments"],
+    interpreted=cases(interpreted=True) | {"not finite": case(kind="wild"), "no head size": case(head_dim=0)},
     check=check,
-    reference_launch=next(iter(EMULATED)),
+    reference_launch="many segments",
     shipped={},
-    mutant_case=next(iter(EMULATED)),
+    mutant_case="more samples than rows",
 )
