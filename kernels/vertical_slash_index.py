@@ -110,7 +110,7 @@ def score_keys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """scores[segment, key] = sum over its live rows of the key's share, 0 outside [sinks, low of the row)."""
+    """scores[segment, key] = sum over its rows of the key's share, 0 outside [sinks, low of the row)."""
     LOW: tl.constexpr = min(SAMPLES, 8)
     n, d, segment = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, ROWS // SAMPLES)
     first = sinks // BLOCK_K * BLOCK_K
@@ -131,8 +131,8 @@ def score_keys(
 
 @triton.jit
 def count_from(x, least):
-    """How many of four neighbours are at least `least`: `[n]` of x `[4 n]`, within a thread."""
-    return tl.sum(tl.reshape((x >= least).to(tl.int32), (x.shape[0] // 4, 4)), 1)
+    """How many of four neighbours are at least `least`: `[n]` of x `[4 n]`, within a thread; both are below 2^31."""
+    return -tl.sum(tl.reshape((least - 1 - x) >> 31, (x.shape[0] // 4, 4)), 1)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def write_columns(bits, first, stop, low, high, equals, chosen, BLOCK_W: tl.cons
     """Writes the keys with bits >= high and the first `equals` of those in [low, high), ascending; how many."""
     count, ties = 0, 0
     for start in range(first, stop, BLOCK_W):
-        key = start + tl.arange(0, BLOCK_W)
+        key = tl.max_contiguous(start + tl.arange(0, BLOCK_W), [1])  # one a thread, as the scattered stores need it
         x = tl.load(bits + key, mask=key < stop, other=0)
         sure = (x >= high).to(tl.int32)
         tie = ((x >= low) & (x < high) & (equals > 0)).to(tl.int32)
@@ -221,7 +221,7 @@ def vertical_slash_index_kernel(
 ):  # fmt: skip
     """Columns and their slices of the heads that have a budget; SEGMENTS = ROWS // SAMPLES segments at a time.
 
-    Rows of S^T that are no sample of their segment repeat its last row and are not `live`: they count nothing.
+    Rows of S^T that are no sample of their segment repeat its last row; their `low` is 0, so that they count nothing.
     """
     SEGMENTS: tl.constexpr = ROWS // SAMPLES
     T, S = tl.cdiv(n_q, q_block), tl.cdiv(n_q, segment)
@@ -246,25 +246,23 @@ def vertical_slash_index_kernel(
             for first_sample in range(0, samples if MORE else 1, SAMPLES):
                 sample = first_sample + r // (LOW * SEGMENTS) * LOW + r % LOW
                 row = start + (sample + 1) * stride - 1
-                live = (sample < samples) & (row - stride < stop - 1)
+                counts = (sample < samples) & (row - stride < stop - 1)
                 row = tl.minimum(row, tl.maximum(stop, 1) - 1)
                 row = tl.minimum(row, n_q - 1)
-                low = window_start(row, width, q_block, q_offset, sinks, n_k)
-                live = live & (low > 0)
+                low = tl.where(counts, window_start(row, width, q_block, q_offset, sinks, n_k), 0)
                 end = tl.minimum(tl.maximum(row.to(tl.int64) + q_offset + 1, 0), n_k).to(tl.int32)
                 at = q + b * q_b + h * q_h + row.to(tl.int64)[None, :] * q_n + d[:, None]
                 rows = tl.load(at, mask=(d < D)[:, None], other=0.0)
-                furthest, nearest = tl.max(tl.where(live, end, 0), 0), tl.min(tl.where(live, end, 0x7FFFFFFF), 0)
+                furthest, nearest = tl.max(tl.where(low > 0, end, 0), 0), tl.min(tl.where(low > 0, end, 0x7FFFFFFF), 0)
                 top, total = softmax_rows(
                     rows, end, nearest, furthest, keys, k_n, n_k, factor, D, BLOCK_D, ROWS, BLOCK_K
                 )
                 # A row that counts nothing gets 2^(S - infinity) = 0, but NaN of scores that are not finite. Those have
                 # made its sum NaN, as pass 1 met all keys below the least `low`: then pass 2 masks every tile, and also
-                # where no row is live.
-                live = live & (total > 0)
-                top, inverse = tl.where(live, top, float("inf")), tl.where(live, 1.0 / total, 0.0)
-                low = tl.where(live, low, 0)
-                nearest = tl.min(tl.where(live, low, 0x7FFFFFFF), 0)
+                # where no row counts.
+                low = tl.where(total > 0, low, 0)
+                top, inverse = tl.where(low > 0, top, float("inf")), tl.where(low > 0, 1.0 / total, 0.0)
+                nearest = tl.min(tl.where(low > 0, low, 0x7FFFFFFF), 0)
                 nearest = tl.min(tl.where((total == total) & (nearest <= limit), nearest, 0), 0)
                 score_keys(
                     rows, top, inverse, low, nearest, first_sample > 0, sinks, limit, scores, pitch,
