@@ -23,6 +23,14 @@ test-asan: $(VENV)/.asan  ## the op tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH=build/asan $(PY) -m pytest --capture=sys -q -p no:cacheprovider tests/ops
 
+TRITON_38 := build/triton-3.8.0
+evidence: setup $(TRITON_38)  ## compile every GPU kernel for every architecture, rewrite tests/evidence/passports
+	$(PY) tests/evidence/make_passports.py --triton $(TRITON_38)
+
+$(TRITON_38):  # CUDA builds of torch pin this one
+	$(PY) -m pip install --no-deps --target $@.part triton==3.8.0
+	mv $@.part $@
+
 lint: $(VENV)/.deps  ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -37,16 +45,17 @@ format: $(VENV)/.deps  ## rewrite the sources in the project's format
 bench: setup  ## every op against its peers (BENCH=OP for one)
 	$(SCRIMP) bench $(or $(BENCH),--all) --json bench.json
 
-wheel: setup  ## build dist/*.whl
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+wheel: setup  ## build dist/*.whl (CUDA=1 insists on the CUDA kernels, CUDA=0 leaves them out)
+	$(if $(CUDA),SCRIMP_CUDA=$(CUDA)) $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist bench.json demo.json report.html python/scrimp/*.so $(VENV)/.built $(VENV)/.asan
 
-$(VENV)/.deps: requirements-dev.txt requirements-nvcc.txt
+$(VENV)/.deps: requirements-dev.txt requirements-triton.txt requirements-nvcc.txt
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(PY) -m pip install --index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements-dev.txt))
 	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) -m pip install --no-deps -r requirements-triton.txt
 	command -v nvcc >/dev/null || $(PY) -m pip install --no-deps -r requirements-nvcc.txt
 	@touch $@
 
@@ -62,4 +71,4 @@ $(VENV)/.asan: $(VENV)/.deps setup.py $(shell find csrc python kernels benchmark
 	SCRIMP_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/asan-base --build-lib build/asan
 	@touch $@
 
-.PHONY: help setup demo test test-asan lint format bench wheel clean
+.PHONY: help setup demo test test-asan evidence lint format bench wheel clean

@@ -2,14 +2,17 @@
 
     csrc/*.cpp, csrc/common/*.cpp, csrc/cpu/*.cpp   compiled once                          -> _C
     csrc/cpu/*.kernel.cpp                           compiled once per instruction set      -> _C
+    csrc/cuda/*.cu                                  compiled where torch has CUDA          -> _C
     csrc/host/*.cpp                                 compiled once, no torch                -> _host
 
 Adding an op adds files there and nothing here. Environment: SCRIMP_NO_EXT=1 installs without compiling,
-SCRIMP_SANITIZE=address,undefined builds with sanitizers, CXX and MAX_JOBS as usual.
+SCRIMP_CUDA=1 insists on the CUDA kernels and SCRIMP_CUDA=0 leaves them out (by default they are compiled where torch
+has CUDA and nvcc is found), SCRIMP_SANITIZE=address,undefined builds with sanitizers, CXX and MAX_JOBS as usual.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,11 +30,63 @@ SANITIZE = os.environ.get("SCRIMP_SANITIZE", "")
 # Oldest torch whose stable ABI the binary uses: 2.10.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 FLAGS = ["-std=c++20", "-O1" if SANITIZE else "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# The same PTX serves sm_80, sm_86 and sm_89; PTX for compute_90 serves what comes after sm_90.
+CUDA_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DUSE_CUDA",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+    "-gencode=arch=compute_80,code=[sm_80,sm_86,sm_89]",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
 ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISA_FLAGS |= {"avx2": avx2, "avx512": avx2 + avx512}
+
+
+def find_cuda() -> tuple[str, str] | None:
+    """nvcc and the libcudart to link, or None where the CUDA kernels are left out."""
+    wish = os.environ.get("SCRIMP_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"scrimp: SCRIMP_CUDA={wish} is neither 0 nor 1")
+    if wish == "0" or SANITIZE:
+        return None
+    import torch
+
+    try:
+        if torch.version.cuda is None:
+            raise LookupError(f"torch {torch.__version__} is built without CUDA")
+        return match_cuda(torch.version.cuda)
+    except LookupError as reason:
+        if wish == "1":
+            sys.exit(f"scrimp: SCRIMP_CUDA=1 cannot be met: {reason}")
+        if torch.version.cuda:
+            print(f"scrimp: the CUDA kernels are left out (Triton serves GPUs): {reason}", file=sys.stderr)
+        return None
+
+
+def match_cuda(wanted: str) -> tuple[str, str]:
+    """The first nvcc of the major version of CUDA `wanted`, and its libcudart."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes += [home for folder in sys.path for home in sorted(Path(folder).glob("nvidia/cu*"))]
+    found = [shutil.which("nvcc"), *(str(home / "bin" / "nvcc") for home in homes if (home / "bin" / "nvcc").exists())]
+    major, tried = wanted.split(".")[0], []
+    for nvcc in filter(None, found):
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        version = (re.findall(r"release ([\d.]+)", said) or ["?"])[0]
+        # A wrapper script may stand for nvcc, so nvcc itself says where it lives.
+        dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        for home in [*map(Path, re.findall(r"TOP=(\S+)", dry)), *homes]:
+            for library in (home / "lib64" / f"libcudart.so.{major}", home / "lib" / f"libcudart.so.{major}"):
+                if version.split(".")[0] == major and library.exists():
+                    return nvcc, str(library.resolve())
+        tried.append(f"{nvcc} is of CUDA {version}")
+    raise LookupError(
+        f"torch is of CUDA {wanted}, and there is no nvcc with libcudart.so.{major} on PATH, in CUDA_HOME, in "
+        f"/usr/local/cuda or in the nvidia wheels (requirements-nvcc.txt); {'; '.join(tried) or 'no nvcc at all'}"
+    )
 
 
 def toolchain() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -59,7 +114,7 @@ def toolchain() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 
 def compilations() -> dict[str, list[tuple[Path, str, list[str]]]]:
-    """Module -> (source, object name, extra flags) of everything to compile."""
+    """Module -> (source, object name, extra flags) of every C++ file to compile."""
     once = [*CSRC.glob("*.cpp"), *(CSRC / "common").glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]
     kernels = sorted((CSRC / "cpu").glob("*.kernel.cpp"))
     ops = [
@@ -90,8 +145,24 @@ def ninja_file(outputs: dict[str, str], build: Path) -> str:
         "  description = link $out",
     ]
     compile_flags, link_flags = toolchain()
+    cuda = find_cuda()
+    if cuda:
+        nvcc, cudart = cuda
+        lines += [
+            "rule compile_cuda",
+            f"  command = {nvcc} -ccbin $cxx {' '.join(CUDA_FLAGS)} -MD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+        ]
+        link_flags["_C"] += ["-ltorch_cuda", cudart]
     for module, sources in compilations().items():
         objects = []
+        for source in sorted((CSRC / "cuda").glob("*.cu")) if cuda and module == "_C" else []:
+            objects.append(f"{build}/{module}/{source.stem}.cuda.o")
+            lines.append(f"build {objects[-1]}: compile_cuda {source}")
+            flags = [flag.replace("-isystem", "-isystem=") for flag in compile_flags[module]]  # nvcc's spelling
+            lines.append(f"  flags = {' '.join([*flags, TARGET_VERSION])}")
         for source, name, extra in sources:
             objects.append(f"{build}/{module}/{name}.o")
             lines.append(f"build {objects[-1]}: compile {source}")

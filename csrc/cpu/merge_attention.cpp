@@ -7,37 +7,28 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/merge_attention.h"
 #include "common/parallel.h"
 
 namespace scrimp {
 
 using torch::headeronly::ScalarType;
 
-static void check_state(const char* side, const Tensor& out, const Tensor& lse, const Tensor& out_a) {
-  const auto dtype = out.scalar_type();
-  SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "merge_attention: out_", side,
-               " must be float32 or bfloat16 on the CPU");
-  SCRIMP_CHECK(dtype == out_a.scalar_type(), "merge_attention: out_a and out_b differ in dtype");
-  SCRIMP_CHECK(lse.scalar_type() == ScalarType::Float, "merge_attention: lse_", side, " must be float32");
-  SCRIMP_CHECK(out.is_cpu() && lse.is_cpu(), "merge_attention: out_", side, " and lse_", side, " must be on the CPU");
-  SCRIMP_CHECK(out.dim() == 4 && lse.dim() == 3, "merge_attention: out_", side, " must be [B, H, N, D] and lse_", side,
-               " [B, H, N], got ", shape_text(out), " and ", shape_text(lse));
-  for (int i = 0; i < 4; ++i)
-    SCRIMP_CHECK(out.size(i) == out_a.size(i) && (i == 3 || lse.size(i) == out.size(i)), "merge_attention: shape ",
-                 shape_text(out), " of out_", side, " or ", shape_text(lse), " of lse_", side, " does not fit out_a ",
-                 shape_text(out_a));
-}
-
 static std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a_in, const Tensor& lse_a, const Tensor& out_b_in,
                                                   const Tensor& lse_b) {
-  check_state("a", out_a_in, lse_a, out_a_in);
-  check_state("b", out_b_in, lse_b, out_a_in);
+  const auto dtype = out_a_in.scalar_type();
+  SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+               "merge_attention: out_a must be float32 or bfloat16 on the CPU");
+  check_merge_side("a", out_a_in, lse_a, out_a_in);
+  check_merge_side("b", out_b_in, lse_b, out_a_in);
+  for (const Tensor* tensor : {&out_a_in, &lse_a, &out_b_in, &lse_b})
+    SCRIMP_CHECK(tensor->is_cpu(), "merge_attention: out_a, lse_a, out_b and lse_b must be on the CPU");
   const Tensor out_a = unit_last_stride(out_a_in), out_b = unit_last_stride(out_b_in);
   const int64_t B = out_a.size(0), H = out_a.size(1), N = out_a.size(2), D = out_a.size(3);
   const Tensor out = torch::stable::transpose(torch::stable::new_empty(out_a, {B, N, H, D}), 1, 2);
   const Tensor lse = torch::stable::new_empty(lse_a, {B, H, N});
 
-  const bool bf16 = out_a.scalar_type() == ScalarType::BFloat16;
+  const bool bf16 = dtype == ScalarType::BFloat16;
   const int64_t block = 256;  // rows of one work item
   const int64_t blocks = (N + block - 1) / block;
   const auto at = [&](const Tensor& tensor, int64_t b, int64_t h, int64_t n, int64_t size) {

@@ -9,11 +9,13 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from . import _ext
 
@@ -22,15 +24,17 @@ _library = torch.library.Library("scrimp", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op: its dispatcher handle and its plain-torch reference."""
+    """One registered op: its dispatcher handle, its plain-torch reference, its GPU kernels, first the one that runs."""
 
     name: str
     call: Callable[..., Any]
     reference: Callable[..., Any]
+    cuda: Mapping[str, Callable[..., Any]]
 
 
 OPS: dict[str, Op] = {}
-_triton_bound: set[str] = set()
+_CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_CUDA_WORDS = {"cuda-c++": "CUDA C++", "cuda-triton": "Triton"}
 
 
 def _wanted_cuda() -> str | None:
@@ -81,13 +85,24 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
-    if triton := _find_triton(name):
-        compiled = _has_kernel(name, "CUDA")
-        if not compiled or _wanted_cuda() == "triton":
-            _library.impl(name, triton, "CUDA", allow_override=compiled)
-            _triton_bound.add(name)
-    OPS[name] = Op(name, call, reference)
+    OPS[name] = Op(name, call, reference, _bind_cuda(name, call))
     return call
+
+
+def _bind_cuda(name: str, call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Binds Triton to the CUDA key where it is alone or asked for; the kernels by name, first the one that runs."""
+    wish, found = _wanted_cuda(), dict[str, Callable[..., Any]]()
+    if _has_kernel(name, "CUDA"):
+        found["cuda-c++"] = functools.partial(torch.library.get_kernel(call, "CUDA").call_boxed, _CUDA_KEYS)
+    if triton := _find_triton(name):
+        if not found or wish == "triton":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+                _library.impl(name, triton, "CUDA", allow_override=bool(found))
+            found = {"cuda-triton": triton} | found
+        else:
+            found["cuda-triton"] = triton
+    return found
 
 
 def _find(name: str) -> Op:
@@ -107,15 +122,12 @@ def which(name: str) -> dict[str, str]:
     >>> sorted(scrimp.which("merge_attention"))
     ['cpu', 'cuda']
     """
-    _find(name)
+    op = _find(name)
     if _has_kernel(name, "CPU"):
         cpu = f"C++ ({_ext.current_isa()})"
     else:
         cpu = "reference (plain torch): " + (_ext.ops_missing or "no C++ kernel exists")
-    if name in _triton_bound:
-        cuda = "Triton"
-    else:
-        cuda = "CUDA C++" if _has_kernel(name, "CUDA") else "reference (plain torch): no kernel exists"
+    cuda = _CUDA_WORDS[next(iter(op.cuda))] if op.cuda else "reference (plain torch): no kernel exists"
     if not torch.cuda.is_available():
         cuda += "; no CUDA device here"
     return {"cpu": cpu, "cuda": cuda}
@@ -124,7 +136,8 @@ def which(name: str) -> dict[str, str]:
 def implementations(name: str) -> dict[str, Callable[..., Any]]:
     """Every implementation of op `name` that runs on this machine beside the reference.
 
-    The callables take the op's flat arguments. C++ kernels appear once per instruction set ("cpu-avx2").
+    The callables take the op's flat arguments. C++ kernels appear once per instruction set ("cpu-avx2"), those of a GPU
+    as "cuda-c++" and "cuda-triton"; the latter move their arguments to the GPU and the results back to the CPU.
 
     >>> import scrimp
     >>> "reference" in scrimp.implementations("merge_attention")
@@ -139,9 +152,16 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
 
         return run
 
+    def on_gpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            moved = tree_map_only(torch.Tensor, torch.Tensor.cuda, args)
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, kernel(*moved))
+
+        return run
+
     found: dict[str, Callable[..., Any]] = {}
     if _has_kernel(name, "CPU"):
         found |= {f"cpu-{isa}": on_isa(isa) for isa in _ext.available_isas()}
-    if torch.cuda.is_available() and _has_kernel(name, "CUDA"):
-        found["cuda"] = op.call
+    if torch.cuda.is_available():
+        found |= {kind: on_gpu(kernel) for kind, kernel in op.cuda.items()}
     return found

@@ -32,10 +32,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     try:
-        from .benchmarks import run
+        from .benchmarks import predict, run
     except ImportError as error:
         raise UserError(f"the benchmark harness could not be loaded: {error}") from error
-    return run.main(args)
+    return predict.main(args) if args.predict or args.against else run.main(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     bench.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
     bench.add_argument("--budget", type=float, metavar="SECONDS", help="time per case and thread count (default 3)")
+    bench.add_argument(
+        "--predict",
+        choices=["h100", "a100", "rtx4090", "mi300x"],
+        help="measure nothing: print the least time that this GPU's data sheet allows our kernels",
+    )
+    bench.add_argument("--against", metavar="NAME", help="with --predict: beside another kernel ('minference')")
     return parser
 
 

@@ -53,17 +53,21 @@ def execute(
     launches: Sequence[Launch],
     order: str = "lockstep",
     change: Mapping[str, Callable[[str], str]] | None = None,
+    short: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[ptx.Counters]:
     """Runs the launches one after the other, each as compiled for sm_80; writes into their tensors.
 
-    `change` maps a kernel's name to a change of its PTX. Raises `ptx.EmulatorError` at the first fault.
+    `change` maps a kernel's name to a change of its PTX, `short` to the bytes that buffers of its lack at their ends.
+    Raises `ptx.EmulatorError` at the first fault.
     """
     counters = []
     for launch, compiled in zip(launches, compile_launches(launches), strict=True):
         if 0 in launch.grid:
             continue
         asked = request(launch)
-        args = {n: v for n, v in launch.args.items() if n not in asked.constexprs}
+        args: dict[str, Any] = {n: v for n, v in launch.args.items() if n not in asked.constexprs}
+        for name, missing in (short or {}).get(compiled.name, {}).items():
+            args[name] = ptx.bytes_of(args[name], name)[:-missing]
         text = compiled.ptx
         if change and compiled.name in change:
             text = change[compiled.name](text)

@@ -1,10 +1,17 @@
-"""Every op's compiled Triton kernels, executed on the PTX emulator against the oracle."""
+"""Every op's compiled Triton kernels, executed on the PTX emulator against the oracle.
+
+What they ask memory and tensor cores for is what the formulas of `benchmarks/<op>_cost.py` count.
+"""
 
 import importlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import ptx
 import pytest
 from emulate import compile_launches, execute
+from scrimp.benchmarks.roofline import Count
 from subjects import SUBJECTS
 
 ALL = [(op, name) for op, subject in SUBJECTS.items() for name in subject.cases]
@@ -35,8 +42,32 @@ def test_warp_by_warp(op: str, name: str) -> None:
 
 def run(op: str, name: str, order: str) -> None:
     results, launches, args = prepare(op, name)
-    execute(launches, order)
+    counters = execute(launches, order)
     SUBJECTS[op].check(results, args)
+    assert_counted(importlib.import_module(f"scrimp.benchmarks.{op}_cost").count(*args), counters)
+
+
+# Layouts hold one-dimensional tensors (indices, log-sum-exps) in several warps, each of which loads them.
+REPEATED, REPEATED_BYTES = 1.1, 4096
+
+
+def assert_counted(formula: Count, counters: Sequence[ptx.Counters]) -> None:
+    """Bytes up to what is loaded in several warps, tensor-core FLOPs exactly, exponentials up to a quarter."""
+    rows = [row for counter in counters for row in counter.rows]
+    asked = sum(row.values["useful"] for row in rows)
+    assert formula.bytes <= asked <= REPEATED * formula.bytes + REPEATED_BYTES
+    touched = sum(high - low for counter in counters for low, high in counter.buffer_ranges.values())
+    assert formula.unique_bytes <= min(formula.bytes, touched)
+    products = 0
+    for row in rows:
+        if found := re.search(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", row.text):
+            m, n, k = map(int, found.groups())
+            products += 2 * m * n * k * row.values["warps"]
+    assert formula.flops_issued == products
+    assert formula.flops_useful <= products
+    if products:
+        exps = sum(row.values["threads"] for row in rows if "ex2.approx" in row.text)
+        assert formula.exps <= exps <= 1.25 * formula.exps
 
 
 @pytest.mark.parametrize("op", SUBJECTS)

@@ -10,26 +10,11 @@ from pathlib import Path
 import ptx
 import pytest
 import torch
+from mutations import BARRIER, COMMIT, MMA_A, MMA_B, SWAPPED, WAIT, Change, in_entry, nth, shuffle, weaker
 from test_ptx_kernels import attention_reference, attention_request, matmul_request, poisoned
 
 ROWS, HEADS = 100, 2
 
-
-def nth(pattern: str, index: int, replacement: str) -> Callable[[str], str]:
-    """Replace the occurrence number `index` of a pattern; the text must change."""
-
-    def apply(text: str) -> str:
-        match = list(re.finditer(pattern, text))[index]
-        changed = text[: match.start()] + match.expand(replacement) + text[match.end() :]
-        assert changed != text
-        return changed
-
-    return apply
-
-
-BARRIER, WAIT, COMMIT = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\w+;", r"cp\.async\.commit_group;"
-MMA = r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+)"
-MMA_B = r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, \{ )(%r\d+), (%r\d+)"
 
 # name -> (mutation, what must catch it: fault kinds, or "value")
 ATTENTION: dict[str, tuple[Callable[[str], str], set[str]]] = {
@@ -43,12 +28,12 @@ ATTENTION: dict[str, tuple[Callable[[str], str], set[str]]] = {
     "wait behind the barrier": (nth(rf"({WAIT})(\s*)({BARRIER})", 0, r"\3\2\1"), {"race", "async_race"}),
     "ldmatrix without trans": (nth(r"x4\.trans", 0, "x4"), {"value"}),
     "ldmatrix with trans": (nth(r"x4\.shared", 0, "x4.trans.shared"), {"value"}),
-    "shuffle distance": (nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+,) 2,", 0, r"\1 4,"), {"value"}),
-    "last shuffle distance": (nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+,) 1,", -1, r"\1 2,"), {"value"}),
+    "shuffle distance": (shuffle(0, 2, 4), {"value"}),
+    "last shuffle distance": (shuffle(-1, 1, 2), {"value"}),
     "shuffle down": (nth(r"shfl\.sync\.bfly(\.b32\s+%r\d+, %r\d+,) 2,", -1, r"shfl.sync.down\1 2,"), {"value"}),
-    "A registers swapped": (nth(MMA, 0, r"\1\3, \2"), {"value"}),
-    "A registers of the last product swapped": (nth(MMA, -1, r"\1\3, \2"), {"value"}),
-    "B registers swapped": (nth(MMA_B, 0, r"\1\3, \2"), {"value"}),
+    "A registers swapped": (nth(MMA_A, 0, SWAPPED), {"value"}),
+    "A registers of the last product swapped": (nth(MMA_A, -1, SWAPPED), {"value"}),
+    "B registers swapped": (nth(MMA_B, 0, SWAPPED), {"value"}),
     "probabilities packed the wrong way": (
         nth(r"(cvt\.rn\.bf16x2\.f32\s+%r\d+, )(%r\d+), (%r\d+)", 0, r"\1\3, \2"), {"value"},
     ),
@@ -67,7 +52,7 @@ EQUIVALENT = {
     # The barrier at the end of the loop body already separates the last reads from the epilogue.
     "barrier behind the loop removed": nth(BARRIER, 2, ""),
     # The last step of a butterfly over four lanes: lanes 1 and 3 hold the same sum.
-    "last shuffle distance 3": nth(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+,) 1,", -1, r"\1 3,"),
+    "last shuffle distance 3": shuffle(-1, 1, 3),
     # Behind the loop nothing is in flight: the counters say so, and so does the test below.
     "last wait weakened": nth(WAIT, 1, "cp.async.wait_group 1;"),
 }
@@ -165,18 +150,6 @@ def multiply(text: str, shared: int, order: str) -> tuple[str, ptx.Counters | No
     return ("fine" if fine else "value"), counters
 
 
-def weaker(*indices: int) -> Callable[[str], str]:
-    """Waits that leave one more group in flight."""
-
-    def apply(text: str) -> str:
-        for k in indices:
-            groups = int(re.findall(r"cp\.async\.wait_group\s+(\w+);", text)[k], 0)
-            text = nth(WAIT, k, f"cp.async.wait_group {groups + 1};")(text)
-        return text
-
-    return apply
-
-
 @pytest.mark.parametrize("order", ["lockstep", "warp"])
 def test_pipelined_matmul_mutants(compiled, order):
     """Three stages: prologue wait and barrier, then in the loop wait, barrier, products, barrier,
@@ -201,8 +174,6 @@ def test_pipelined_matmul_mutants(compiled, order):
 @pytest.mark.parametrize("order", ["lockstep", "warp"])
 def test_nvcc_gemm_mutants(order):
     text = ptx.compile_cuda(Path(__file__).with_name("kernels_for_tests.cu"))
-    start = text.index(".entry _Z4gemmI6__half")
-    head, body = text[:start], text[start:]
     a, b = torch.randn(100, 104).half(), torch.randn(104, 72).half()
 
     def outcome(kernel: str) -> str:
@@ -215,10 +186,13 @@ def test_nvcc_gemm_mutants(order):
         return "fine" if (c.double() - a.double() @ b.double()).abs().nan_to_num(torch.inf).max() < 1e-3 else "value"
 
     assert outcome(text) == "fine"
+
+    def mutated(change: Change) -> str:
+        return outcome(in_entry("_Z4gemmI6__half", change)(text))
+
     races = {"race", "async_race", "uninitialised"}
     for k in range(2):
-        assert outcome(head + nth(BARRIER, k, "")(body)) in races
-    for k in range(2):
-        assert outcome(head + nth(WAIT, k, "cp.async.wait_group 2;")(body)) in races
-    assert outcome(head + nth(r"x4\.trans", 0, "x4")(body)) == "value"
-    assert outcome(head + nth(r"setp\.lt\.s32", 1, "setp.le.s32")(body)) != "trap"
+        assert mutated(nth(BARRIER, k, "")) in races
+        assert mutated(nth(WAIT, k, "cp.async.wait_group 2;")) in races
+    assert mutated(nth(r"x4\.trans", 0, "x4")) == "value"
+    assert mutated(nth(r"setp\.lt\.s32", 1, "setp.le.s32")) != "trap"

@@ -6,7 +6,7 @@
 `parser` reads the text, `encoder` and `opcodes` decode one entry into a dense program, `core/` (C++,
 built on first use into `SCRIMP_CACHE` or `~/.cache/scrimp`) runs it: a warp is 32 lanes of every
 register row, the lanes at the lowest program counter go first, blocks run one after the other.
-`toolchain` gets PTX out of Triton and nvcc, `counters` is what a profiler would count.
+`toolchain` and `nvcc` get PTX out of the compilers, `counters` is what a profiler would count.
 
 What a launch proves: the compilers' own output, inline assembly included, computes what the oracle
 computes; every global, shared, local and parameter access lies inside its buffer and is aligned; no
@@ -28,14 +28,15 @@ surfaces, calls of device functions, 8-bit floats.
 
 from .counters import Counters
 from .errors import EmulatorError, PtxError
-from .launch import Module
+from .launch import Module, Struct, bytes_of
+from .nvcc import CudaObject, Usage, compile_cuda, compile_cuda_object, nvcc_version
 from .toolchain import (
     Compiled,
     TritonRequest,
-    compile_cuda,
     compile_triton,
     compile_triton_all,
     triton_request,
+    triton_version,
 )
 
 
@@ -47,13 +48,20 @@ def load(text: str) -> Module:
 __all__ = [
     "Compiled",
     "Counters",
+    "CudaObject",
     "EmulatorError",
     "Module",
     "PtxError",
+    "Struct",
     "TritonRequest",
+    "Usage",
+    "bytes_of",
     "compile_cuda",
+    "compile_cuda_object",
     "compile_triton",
     "compile_triton_all",
     "load",
+    "nvcc_version",
     "triton_request",
+    "triton_version",
 ]

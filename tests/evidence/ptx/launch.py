@@ -2,7 +2,8 @@
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,18 @@ _GAP = 1 << 20
 
 def _align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A parameter passed as bytes.
+
+    `pointers` maps the offset of each pointer among them to the name of a buffer, its array and a byte
+    offset in that; the buffer is aligned to 16 bytes only where the array is.
+    """
+
+    raw: bytes
+    pointers: Mapping[int, tuple[str, np.ndarray, int]] = field(default_factory=dict)
 
 
 class Program:
@@ -133,9 +146,10 @@ class Module:
     ) -> Counters:
         """Run an entry over a grid; arrays and tensors among `args` are its buffers.
 
-        A dict names the buffers for error messages. Missing trailing parameters are zero (Triton
-        appends scratch pointers). `order` "warp" runs each warp up to its next barrier; a `seed`
-        other than 0 shuffles the warps. Raises `EmulatorError` at the first fault.
+        A dict names the buffers for error messages; a `Struct` is a parameter of bytes that may hold
+        pointers. Missing trailing parameters are zero (Triton appends scratch pointers). `order` "warp"
+        runs each warp up to its next barrier; a `seed` other than 0 shuffles the warps. Raises
+        `EmulatorError` at the first fault.
         """
         program = self.program(entry)
         sizes = [_three(grid), _three(block)]
@@ -190,15 +204,28 @@ class Module:
             raise ValueError(f"launch: {len(values)} arguments for {len(parameters)} parameters")
         last = parameters[-1] if parameters else None
         raw = bytearray(last.offset + last.size if last else 0)
-        address = self._next
+        next_address = self._next
+        placed: dict[str, int] = {}
         keep: list[Any] = []
+
+        def place(array: Any, name: str, shift: int = 0) -> int:
+            nonlocal next_address
+            address, host = next_address + shift, bytes_of(array, name)
+            keep.append((array, host))
+            buffers.append((name, address, host))
+            next_address = _align(address + host.nbytes + _GAP, 4096)
+            return address
+
         for parameter, value, name in zip(parameters, values, names, strict=False):
-            if hasattr(value, "data_ptr") or isinstance(value, np.ndarray):
-                host = _bytes_of(value, name)
-                keep.append((value, host))
-                buffers.append((name, address, host))
-                value = address
-                address = _align(address + host.nbytes + _GAP, 4096)
+            if isinstance(value, Struct):
+                packed = bytearray(value.raw)
+                for offset, (buffer, array, start) in value.pointers.items():
+                    if buffer not in placed:
+                        placed[buffer] = place(array, buffer, shift=array.ctypes.data % 16)
+                    packed[offset : offset + 8] = (placed[buffer] + start).to_bytes(8, "little")
+                value = bytes(packed)
+            elif hasattr(value, "data_ptr") or isinstance(value, np.ndarray):
+                value = place(value, name)
             raw[parameter.offset : parameter.offset + parameter.size] = _scalar(
                 parameter.type, parameter.size, value, name
             )
@@ -213,7 +240,7 @@ def _three(size: int | Sequence[int]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _bytes_of(value: Any, name: str) -> np.ndarray:
+def bytes_of(value: Any, name: str) -> np.ndarray:
     """The memory of an array or a CPU tensor as bytes, without a copy."""
     if isinstance(value, np.ndarray):
         if not value.flags.c_contiguous:

@@ -1,4 +1,4 @@
-"""PTX and cubins from Triton and nvcc on a machine without a GPU, cached by content.
+"""PTX and cubins from Triton on a machine without a GPU, cached by content.
 
 Triton compiles in a subprocess without ``TRITON_INTERPRET`` (with it nothing compiles), so the
 calling process may run the interpreter. One worker serves a whole list of requests.
@@ -7,17 +7,17 @@ calling process may run the interpreter. One worker serves a whole list of reque
 import base64
 import contextlib
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,16 +111,20 @@ def _local_sources(path: Path, seen: dict[Path, bytes]) -> None:
             _local_sources(Path(file), seen)
 
 
-def _versions() -> str:
-    from importlib.metadata import version
+@functools.cache
+def triton_version(folder: Path | None = None) -> str:
+    """Of the installed Triton, or of the one that ``pip install --target`` put into a folder."""
+    places = {} if folder is None else {"path": [str(folder)]}
+    found = next(iter(distributions(name="triton", **places)), None)
+    if found is None:
+        raise RuntimeError(f"there is no Triton in {folder or 'this environment'}")
+    return str(found.version)
 
-    return f"triton {version('triton')}"
 
-
-def _cache_path(request: TritonRequest) -> Path:
+def _cache_path(request: TritonRequest, triton: str) -> Path:
     sources: dict[Path, bytes] = {}
     _local_sources(Path(request.path), sources)
-    digest = hashlib.sha256(_versions().encode())
+    digest = hashlib.sha256(f"triton {triton}".encode())
     digest.update(_WORKER.read_bytes())
     digest.update(replace(request, path=Path(request.path).name).as_json().encode())
     for path in sorted(sources):
@@ -128,27 +132,39 @@ def _cache_path(request: TritonRequest) -> Path:
     return cache_folder() / "triton" / f"{request.name}-{digest.hexdigest()[:24]}.json"
 
 
-def compile_triton_all(requests: Iterable[TritonRequest]) -> list[Compiled]:
-    """Compile every request; the missing ones in one subprocess, the others from the cache."""
-    asked = [(request, _cache_path(request)) for request in requests]
+def compile_triton_all(requests: Iterable[TritonRequest], folder: Path | None = None) -> list[Compiled]:
+    """Compile every request; the missing ones in subprocesses, the others from the cache.
+
+    `folder` holds another Triton than the installed one, as ``pip install --target`` puts it there.
+    """
+    version = triton_version(folder)
+    asked = [(request, _cache_path(request, version)) for request in requests]
     if not all(path.exists() for _, path in asked):
         with locked("triton"):
-            _compile_missing([(request, path) for request, path in asked if not path.exists()])
+            missing = {path: request for request, path in asked if not path.exists()}
+            _compile_missing(list(missing.items()), folder)
     return [_read(path) for _, path in asked]
 
 
-def _compile_missing(missing: Sequence[tuple[TritonRequest, Path]]) -> None:
-    if missing:
-        lines = "\n".join(f"{path}\t{request.as_json()}" for request, path in missing)
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_DEFAULT_FP_FUSION"] = environment.get("TRITON_DEFAULT_FP_FUSION", "1")
-        environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton-jit")
-        done = subprocess.run(
-            [sys.executable, str(_WORKER)], input=lines, capture_output=True, text=True,
-            env=environment,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise RuntimeError(f"Triton compilation failed:\n{done.stderr[-4000:]}")
+def _compile_missing(missing: Sequence[tuple[Path, TritonRequest]], folder: Path | None) -> None:
+    """Some seconds each: as many at once as there are processors."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = environment.get("TRITON_DEFAULT_FP_FUSION", "1")
+    environment["TRITON_CACHE_DIR"] = str(cache_folder() / "triton-jit")
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *os.environ.get("PYTHONPATH", "").split()])
+
+    def work(part: Sequence[tuple[Path, TritonRequest]]) -> str:
+        lines = "\n".join(f"{path}\t{request.as_json()}" for path, request in part)
+        command = [sys.executable, str(_WORKER)]
+        done = subprocess.run(command, input=lines, capture_output=True, text=True, env=environment)
+        return done.stderr[-4000:] if done.returncode else ""
+
+    workers = min(len(missing), len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        failures = [text for text in pool.map(work, [missing[k::workers] for k in range(workers)]) if text]
+    if failures:
+        raise RuntimeError("Triton compilation failed:\n" + "\n".join(failures))
 
 
 def compile_triton(
@@ -172,49 +188,3 @@ def _read(path: Path) -> Compiled:
         metadata["name"], raw["ptx"], base64.b64decode(raw["binary"]), int(metadata["shared"]),
         int(metadata["num_warps"]), metadata,
     )  # fmt: skip
-
-
-def nvcc_path() -> str | None:
-    """The nvcc on PATH, in CUDA_HOME, or in the nvidia wheels of this environment."""
-    found = shutil.which("nvcc")
-    if found:
-        return found
-    places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    places += [str(Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13")]
-    for place in places:
-        candidate = Path(place) / "bin" / "nvcc"
-        if place and candidate.exists():
-            return str(candidate)
-    return None
-
-
-def compile_cuda(path: str | Path, arch: int = 80, flags: Sequence[str] = ()) -> str:
-    """The PTX of a CUDA C++ file by ``nvcc -ptx``; quoted includes are part of the cache key."""
-    nvcc = nvcc_path()
-    if nvcc is None:
-        raise RuntimeError("nvcc not found on PATH, in CUDA_HOME or in the nvidia wheels")
-    source = Path(path).resolve()
-    command = [nvcc, "-ptx", "-std=c++17", "-lineinfo", f"-arch=compute_{arch}", *flags]
-    digest = hashlib.sha256(" ".join(command).encode())
-    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    digest.update(version)
-    for text in _quoted_includes(source, {}).values():
-        digest.update(text)
-    target = cache_folder() / "cuda" / f"{source.stem}-{digest.hexdigest()[:24]}.ptx"
-    with locked("cuda"):
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            done = subprocess.run([*command, "-o", str(scratch), str(source)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr[-4000:]}")
-            scratch.replace(target)
-    return target.read_text()
-
-
-def _quoted_includes(path: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
-    if path not in seen and path.exists():
-        seen[path] = path.read_bytes()
-        for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', seen[path], re.M):
-            _quoted_includes((path.parent / name.decode()).resolve(), seen)
-    return seen

@@ -23,12 +23,14 @@ class Mutant:
 
     `kernel` names the kernel; `change` maps its PTX to the faulty one (and must change it). `caught_by` are the kinds
     of fault that may catch it ("value" is a wrong result); empty where it is equivalent on the mutant case, which the
-    test then shows: same results, same address ranges, same copies in flight.
+    test then shows: same results, same address ranges, same copies in flight. `short` instead makes a buffer end
+    early: argument name to the number of bytes it lacks, with `change` left as it is.
     """
 
     kernel: str
-    change: Callable[[str], str]
+    change: Callable[[str], str] = str
     caught_by: frozenset[str] = frozenset()
+    short: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Subject:
         check: raises unless results are right for the arguments.
         reference_launch: name of the case whose counters go into the passport.
         shipped: name -> flat arguments, on the meta device or small, of every shipped configuration to compile.
+        defaults: names of those that every test run compiles for sm_80 and sm_90; `make evidence` compiles all.
+        tensor_kernels: kernels whose loops must hold tensor-core instructions, only 128-bit or asynchronous global
+            loads, and at least two stages; with the number of their loops that may load indices otherwise.
         mutant_case: name of the case the mutants run on.
         mutants: by name.
     """
@@ -56,6 +61,8 @@ class Subject:
     shipped: Mapping[str, Case]
     mutant_case: str
     mutants: Mapping[str, Mutant] = field(default_factory=dict)
+    defaults: Sequence[str] = ()
+    tensor_kernels: Mapping[str, int] = field(default_factory=dict)
 
 
 def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:

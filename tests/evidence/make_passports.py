@@ -1,0 +1,54 @@
+"""`make evidence`: compiles every shipped kernel for every architecture, rewrites passports and docs/gpu-evidence.md.
+
+    python tests/evidence/make_passports.py [--triton FOLDER] [OP ...]
+
+FOLDER holds a second Triton (``pip install --no-deps --target``), which must compile all kernels too. Exit status 1 if
+a kernel does not fulfil the demands.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # of this process only: compilers run in subprocesses
+sys.path.insert(0, str(Path(__file__).parent))
+
+from passport import demands, records, summary
+from subjects import SUBJECTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every shipped kernel and rewrite the passports.")
+    parser.add_argument("--triton", type=Path, metavar="FOLDER", help="a second Triton that must compile everything")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
+    args = parser.parse_args()
+    records.FOLDER.mkdir(exist_ok=True)
+    reasons = []
+    for op in args.ops or SUBJECTS:
+        start = time.perf_counter()
+        found = records.passport(op, args.triton)
+        (records.FOLDER / f"{op}.json").write_text(records.text(found))
+        reasons += [f"{op}: {reason}" for reason in demands.unmet_by_passport(op, found)]
+        print(line(op, found, time.perf_counter() - start), flush=True)
+    records.checked_in.cache_clear()
+    if not args.ops:
+        summary.DOCUMENT.write_text(summary.written(summary.DOCUMENT.read_text()))
+    print("\n".join(reasons))
+    return 1 if reasons else 0
+
+
+def line(op: str, found: records.Record, seconds: float) -> str:
+    kernels = found["kernels"]
+    nvidia = [record for record in kernels if "registers" in record]
+    by_arch = {record["arch"]: sum(r["arch"] == record["arch"] for r in kernels) for record in kernels}
+    return (
+        f"{op}: {len(kernels)} kernels ({', '.join(f'{count} for {arch}' for arch, count in by_arch.items())}) in "
+        f"{seconds:.0f} s; NVIDIA: {min(r['registers'] for r in nvidia)} to {max(r['registers'] for r in nvidia)} "
+        f"registers, {sum(r['spills'] > 0 for r in nvidia)} with spills"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

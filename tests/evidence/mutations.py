@@ -1,0 +1,56 @@
+"""Small changes of PTX text that plant faults."""
+
+import re
+from collections.abc import Callable
+
+Change = Callable[[str], str]
+
+BARRIER, WAIT, COMMIT = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+\w+;", r"cp\.async\.commit_group;"
+# Groups 2 and 3 are the first two registers of operand A, or of operand B; the replacement r"\1\3, \2" swaps them.
+MMA_A = r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+)"
+MMA_B = r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, \{ )(%r\d+), (%r\d+)"
+SWAPPED = r"\1\3, \2"
+
+
+def nth(pattern: str, index: int, replacement: str) -> Change:
+    """Replaces the occurrence number `index` of a pattern; the text must change."""
+
+    def apply(text: str) -> str:
+        matches = list(re.finditer(pattern, text))
+        if not -len(matches) <= index < len(matches):
+            raise AssertionError(f"{pattern!r} occurs {len(matches)} times, number {index} is to be replaced")
+        match = matches[index]
+        changed = text[: match.start()] + match.expand(replacement) + text[match.end() :]
+        if changed == text:
+            raise AssertionError(f"replacing number {index} of {pattern!r} changes nothing")
+        return changed
+
+    return apply
+
+
+def weaker(*indices: int) -> Change:
+    """The cp.async waits of these numbers leave one more group in flight."""
+
+    def apply(text: str) -> str:
+        for k in indices:
+            groups = int(re.findall(r"cp\.async\.wait_group\s+(\w+);", text)[k], 0)
+            text = nth(WAIT, k, f"cp.async.wait_group {groups + 1};")(text)
+        return text
+
+    return apply
+
+
+def shuffle(index: int, old: int, new: int) -> Change:
+    """Of the butterfly shuffles over distance `old`, number `index` goes over `new`."""
+    return nth(rf"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+,) {old},", index, rf"\1 {new},")
+
+
+def in_entry(name: str, change: Change) -> Change:
+    """The change, applied to one entry of a module with several."""
+
+    def apply(text: str) -> str:
+        start = text.index(f".entry {name}")
+        end = text.find(".entry ", start + 1) % (len(text) + 1)
+        return text[:start] + change(text[start:end]) + text[end:]
+
+    return apply

@@ -1,0 +1,91 @@
+"""Which code runs on CUDA: compiled kernels before Triton, unless SCRIMP_CUDA_IMPL=triton asks; on throw-away ops."""
+
+import importlib.machinery
+import itertools
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import scrimp
+from scrimp import _registry
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _own_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ops of a test leave no trace but their name in the dispatcher."""
+    monkeypatch.setattr(_registry, "OPS", {})
+    monkeypatch.delenv("SCRIMP_CUDA_IMPL", raising=False)
+
+
+def adding(number: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + number
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """make(compiled=, triton=) registers an op with those kernels: the reference adds 1, C++ 10, Triton 100."""
+    libraries = []
+
+    def register(compiled: bool, triton: bool) -> Any:
+        name = f"throw_away_{next(numbers)}"
+        if compiled:
+            libraries.append(torch.library.Library("scrimp", "FRAGMENT"))
+            libraries[-1].impl(name, adding(10), "CUDA")
+        if triton:
+            module = types.ModuleType(f"scrimp.kernels.{name}")
+            module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+            module.launches = lambda x: (x + 100, [])  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        _registry.register(name, "(Tensor x) -> Tensor", fake=adding(0), reference=adding(1))
+        return _registry.OPS[name]
+
+    return register
+
+
+def on_cuda(op: Any) -> float:
+    """What the kernel of the CUDA key returns; it runs on a CPU tensor here."""
+    return op.call.redispatch(CUDA, torch.zeros(())).item()
+
+
+@pytest.mark.parametrize(
+    ("compiled", "triton", "wish", "runs", "result", "order"),
+    [
+        (True, True, None, "CUDA C++", 10, ["cuda-c++", "cuda-triton"]),
+        (True, True, "triton", "Triton", 100, ["cuda-triton", "cuda-c++"]),
+        (True, False, None, "CUDA C++", 10, ["cuda-c++"]),
+        (True, False, "triton", "CUDA C++", 10, ["cuda-c++"]),
+        (False, True, None, "Triton", 100, ["cuda-triton"]),
+        (False, False, None, "reference (plain torch): no kernel exists", 1, []),
+    ],
+)
+def test_choice(make, monkeypatch, compiled, triton, wish, runs, result, order) -> None:
+    if wish:
+        monkeypatch.setenv("SCRIMP_CUDA_IMPL", wish)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op = make(compiled, triton)
+    assert on_cuda(op) == result
+    assert scrimp.which(op.name)["cuda"].split(";")[0] == runs
+    assert op.call(torch.zeros(())).item() == 1
+    assert [name for name in scrimp.implementations(op.name) if name.startswith("cuda")] == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.cpu)
+    found = {name: run for name, run in scrimp.implementations(op.name).items() if name.startswith("cuda")}
+    assert list(found) == order
+    expected = {"cuda-c++": 10, "cuda-triton": 100}
+    assert {name: run(torch.zeros(())).item() for name, run in found.items()} == {n: expected[n] for n in order}
+
+
+def test_a_wish_that_does_not_exist(make, monkeypatch) -> None:
+    monkeypatch.setenv("SCRIMP_CUDA_IMPL", "cuda")
+    with pytest.raises(RuntimeError, match="SCRIMP_CUDA_IMPL=cuda cannot be met: the only choice is 'triton'"):
+        make(compiled=False, triton=False)
