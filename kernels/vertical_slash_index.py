@@ -5,8 +5,8 @@ are the columns of an MMA tile `[BLOCK_K, ROWS]`.
 
     pass 1: S^T = K Q^T; maximum and sum of exp2 of each row           softmax_rows
     pass 2: score[segment, key] = sum of exp2(S^T - maximum) / sum     score_keys, into the program's workspace
-    the k-th best score: a search over the bits of the floats          find_bounds
-    the keys above it, in order, and how many each tile sees           write_columns, write_slices
+    the k-th best score: a search over the bits of the floats          choose: narrow,
+    the keys above it, in order, and how many each tile sees           write_columns; write_slices
 
 Each program has a workspace of its own, so only its own threads must agree on it: tl.debug_barrier() orders their
 global accesses as it does shared ones.
@@ -136,56 +136,88 @@ def count_from(x, least):
 
 
 @triton.jit
-def find_bounds(bits, first, stop, wanted, guess, spread, BLOCK_S: tl.constexpr):
-    """(low, high, above): `above` <= wanted scores have bits >= high; more than wanted have bits >= low, or low is 0.
+def narrow(bits, first, stop, wanted, enough, low, n_low, high, n_high, a, b, c, BLOCK_S: tl.constexpr):
+    """Raises `low` and lowers `high` until the scores from `low` on are `enough` or fewer, or the best are found.
 
-    Ends where above == wanted or high == low + 1. Every pass tries three values between low and high: those of the
-    first are at and around `guess`, later ones quarter what is left.
+    n_low scores have bits >= low, more than `wanted` if low > 0; n_high <= wanted have bits >= high. The best are found
+    where n_high == wanted or high == low + 1. Every pass tries a < b < c; later ones quarter what is left.
     """
-    low, above = 0, 0
-    high = tl.where(stop - first <= wanted, 1, INFINITY_BITS)  # all that are positive
-    a, b, c = tl.maximum(guess - spread, 1), guess, guess + spread
-    while (above < wanted) & (high - low > 1):
+    while (n_low > enough) & (n_high < wanted) & (high - low > 1):
         n_a = tl.zeros((BLOCK_S // 4,), tl.int32)
         n_b, n_c = n_a, n_a
         for start in range(first, stop, BLOCK_S):
-            key = start + tl.arange(0, BLOCK_S)
-            x = tl.load(bits + key, mask=key < stop, other=0)
+            at = start + tl.arange(0, BLOCK_S)
+            x = tl.load(bits + at, mask=at < stop, other=0)
             n_a += count_from(x, a)
             n_b += count_from(x, b)
             n_c += count_from(x, c)
         n_a, n_b, n_c = tl.sum(n_a, 0), tl.sum(n_b, 0), tl.sum(n_c, 0)
         # The counts fall from a to c; the last that is above wanted gives low, the first that is not gives high.
-        low = tl.where(n_c > wanted, c, tl.where(n_b > wanted, b, tl.where(n_a > wanted, a, low)))
-        if n_a <= wanted:
-            high, above = a, n_a
-        elif n_b <= wanted:
-            high, above = b, n_b
-        elif n_c <= wanted:
-            high, above = c, n_c
+        if n_c > wanted:
+            low, n_low = c, n_c
+        elif n_b > wanted:
+            low, n_low, high, n_high = b, n_b, c, n_c
+        elif n_a > wanted:
+            low, n_low, high, n_high = a, n_a, b, n_b
+        else:
+            high, n_high = a, n_a
         step = (high - low + 3) // 4
         a, b, c = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
-    return low, high, above
+    return low, n_low, high, n_high, a, b, c
 
 
 @triton.jit
-def write_columns(bits, first, stop, low, high, equals, chosen, BLOCK_W: tl.constexpr):
-    """Writes the keys with bits >= high and the first `equals` of those in [low, high), ascending; how many."""
+def write_columns(bits, keys, listed, first, stop, low, high, equals, to, to_bits, BLOCK_W: tl.constexpr):
+    """Lists what has bits >= high and the first `equals` of those in [low, high), in order; how many.
+
+    Scores below number `listed` are of the keys in a list; others are of the key of their number, and listed, too.
+    """
     count, ties = 0, 0
     for start in range(first, stop, BLOCK_W):
-        key = tl.max_contiguous(start + tl.arange(0, BLOCK_W), [1])  # one a thread, as the scattered stores need it
-        x = tl.load(bits + key, mask=key < stop, other=0)
+        at = tl.max_contiguous(start + tl.arange(0, BLOCK_W), [1])  # one a thread, as the scattered stores need it
+        x = tl.load(bits + at, mask=at < stop, other=0)
+        key = tl.load(keys + at, mask=at < listed, other=0)
+        key = tl.where(at < listed, key, at)
         sure = (x >= high).to(tl.int32)
         tie = ((x >= low) & (x < high) & (equals > 0)).to(tl.int32)
         both = sure + (tie << 16)  # one scan for two counts, each below 2^16
         upto = tl.cumsum(both, 0)
         earlier = ties + (upto >> 16) - tie
-        to = count + (upto & 0xFFFF) - sure + tl.minimum(earlier, equals)
-        tl.store(chosen + to, key, mask=(sure > 0) | ((tie > 0) & (earlier < equals)))
+        place = count + (upto & 0xFFFF) - sure + tl.minimum(earlier, equals)
+        taken = (sure > 0) | ((tie > 0) & (earlier < equals))
+        tl.store(to + place, key, mask=taken)
+        tl.store(to_bits + place, x, mask=taken & (at >= listed))
         total = tl.sum(both, 0)
         count += total & 0xFFFF
         ties += total >> 16
     return count + tl.minimum(ties, equals)
+
+
+@triton.jit
+def choose(bits, first, stop, wanted, guess, spread, listed, chosen, capacity, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Writes the keys of the `wanted` best positive scores, ascending, the lower of equals; (how many, the last score).
+
+    First of all keys, until `capacity` or fewer are left, which are listed; then of those.
+    """
+    low, n_low, high, n_high = 0, stop - first, INFINITY_BITS, 0
+    a, b, c = tl.maximum(guess - spread, 1), guess, guess + spread
+    to, count, end = listed, 0, 0
+    for _ in range(2):
+        enough = tl.where(end == 0, capacity, wanted)
+        low, n_low, high, n_high, a, b, c = narrow(
+            bits, first, stop, wanted, enough, low, n_low, high, n_high, a, b, c, BLOCK_S
+        )
+        all_left = n_low <= enough
+        cut = tl.where(all_left, tl.maximum(low, 1), high)
+        equals = tl.where(all_left | (low == 0), 0, wanted - n_high)
+        count = write_columns(bits, listed, end, first, stop, low, cut, equals, to, listed + capacity, BLOCK_W)
+        if end == 0:  # whole lines of 16, as of all keys
+            tl.store(listed + capacity + count + tl.arange(0, 16), tl.zeros((16,), tl.int32))
+        tl.debug_barrier()  # other threads read this list
+        bits, to, n_low = listed + capacity, chosen, count
+        first, stop = 0, tl.cdiv(count, 16) * 16
+        end = stop
+    return count, tl.where(low > 0, low, guess)
 
 
 @triton.jit
@@ -225,8 +257,9 @@ def vertical_slash_index_kernel(
     """
     SEGMENTS: tl.constexpr = ROWS // SAMPLES
     T, S = tl.cdiv(n_q, q_block), tl.cdiv(n_q, segment)
-    pitch = (tl.cdiv(n_k, 256) * 256).to(tl.int64)
-    scores = workspace + tl.program_id(0).to(tl.int64) * SEGMENTS * pitch
+    # A workspace: scores of every segment, a list of keys, their scores.
+    pitch, capacity = (tl.cdiv(n_k, 256) * 256).to(tl.int64), tl.cdiv(max_columns, 512) * 1024
+    scores = workspace + tl.program_id(0) * (SEGMENTS * pitch + 2 * capacity + 16)
     bits = scores.to(tl.pointer_type(tl.int32), bitcast=True)
     item = tl.program_id(0)
     while item < items:
@@ -252,7 +285,7 @@ def vertical_slash_index_kernel(
                 low = tl.where(counts, window_start(row, width, q_block, q_offset, sinks, n_k), 0)
                 end = tl.minimum(tl.maximum(row.to(tl.int64) + q_offset + 1, 0), n_k).to(tl.int32)
                 at = q + b * q_b + h * q_h + row.to(tl.int64)[None, :] * q_n + d[:, None]
-                rows = tl.load(at, mask=(d < D)[:, None], other=0.0)
+                rows = tl.load(at, mask=(low > 0)[None, :] & (d < D)[:, None], other=0.0)
                 furthest, nearest = tl.max(tl.where(low > 0, end, 0), 0), tl.min(tl.where(low > 0, end, 0x7FFFFFFF), 0)
                 top, total = softmax_rows(
                     rows, end, nearest, furthest, keys, k_n, n_k, factor, D, BLOCK_D, ROWS, BLOCK_K
@@ -279,13 +312,12 @@ def vertical_slash_index_kernel(
                 if (s < S) & (low_end > 0):
                     # Whole lines of 16: scores outside [sinks, low_end) are 0.
                     begin, finish = sinks // 16 * 16, tl.cdiv(low_end, 16) * 16
-                    mine = bits + i * pitch
-                    least, high, above = find_bounds(mine, begin, finish, wanted, guess, spread, BLOCK_S)
-                    guess, spread = high, 1 << 21
-                    equals = tl.where(least > 0, wanted - above, 0)
                     to = chosen + ((b * H + h) * S + s) * max_columns
-                    count = write_columns(mine, begin, finish, least, high, equals, to, BLOCK_W)
-                    tl.debug_barrier()  # other threads read these columns
+                    count, guess = choose(
+                        bits + i * pitch, begin, finish, wanted, guess, spread, bits + SEGMENTS * pitch, to,
+                        capacity, BLOCK_S, BLOCK_W,
+                    )  # fmt: skip
+                    spread = 1 << 21
                     first_tile, tiles = s * segment // q_block, segment // q_block
                     write_slices(
                         to, count, s * max_columns, column_slice + (b * H + h) * T * 2, first_tile,
@@ -332,13 +364,17 @@ def launches(
     )
     if 0 in (max_columns, n_k, B * H * n_q):
         return results, [small]
-    shape = {"head_dim": max(D, 1), "item_bytes": q.element_size(), "segments": B * H * S}
-    chosen = config("vertical_slash_index", q.device, **shape)
+    chosen = config("vertical_slash_index", q.device, head_dim=max(D, 1), segments=B * H * S)
+    if q.dtype == torch.float32:  # exact products leave no room for larger tiles
+        chosen |= {"ROWS": 16, "BLOCK_K": 32, "num_warps": 4}
     ROWS, wanted = chosen["ROWS"], power_of_two(min(samples, n_q))
     SAMPLES = min(max(wanted, ROWS // 4), ROWS)  # at most four segments at a time share a workspace
     groups = cdiv(S, ROWS // SAMPLES)
     programs = min(B * H * groups, chosen["programs"])
+    workspace = ROWS // SAMPLES * cdiv(n_k, 256) * 256 + cdiv(max_columns, 512) * 2048 + 16
     q, k = unit_last_stride(q), unit_last_stride(k)
+    if k.stride(2) >= 2**24:  # offsets within a tile of keys are int32
+        k = k.contiguous()
     inputs = {"q": q, "k": k, "window": window, "columns": columns}
     strides = {f"{name}_{axis}": inputs[name].stride(i) for name in "qk" for i, axis in enumerate("bhn")}
     large = Launch(
@@ -346,7 +382,7 @@ def launches(
         grid=(programs, 1, 1),
         args={
             **inputs, "chosen": written["chosen"], "column_slice": written["column_slice"], "queue": written["queue"],
-            "workspace": q.new_empty(programs, ROWS // SAMPLES, cdiv(n_k, 256) * 256, dtype=torch.float32),
+            "workspace": q.new_empty(programs, workspace, dtype=torch.float32),
             **strides, "window_h": window.stride(0), "columns_h": columns.stride(0), "H": H, "group_heads": H // G,
             "groups": groups, "items": B * H * groups, **numbers, "stride": min(segment // samples, n_q),
             "samples": min(samples, n_q), "factor": scale * LOG2E,
