@@ -243,8 +243,8 @@ def write_slices(
 
 @triton.jit(
     do_not_specialize=[
-        "H", "group_heads", "heads", "items", "T", "S", "pitch", "capacity", "n_q", "n_k", "sinks", "q_block", "segment",
-        "q_offset", "max_columns", "stride", "samples",
+        "H", "group_heads", "heads", "items", "T", "S", "pitch", "capacity", "n_q", "n_k", "sinks", "q_block",
+        "segment", "q_offset", "max_columns", "stride", "samples",
     ]
 )  # fmt: skip
 def vertical_slash_index_kernel(

@@ -44,7 +44,9 @@ def run(op: str, name: str, order: str) -> None:
     results, launches, args = prepare(op, name)
     counters = execute(launches, order)
     SUBJECTS[op].check(results, args)
-    assert_counted(importlib.import_module(f"scrimp.benchmarks.{op}_cost").count(*args), counters, SUBJECTS[op].exact_bytes)
+    assert_counted(
+        importlib.import_module(f"scrimp.benchmarks.{op}_cost").count(*args), counters, SUBJECTS[op].exact_bytes
+    )
 
 
 # Layouts hold one-dimensional tensors (indices, log-sum-exps) in several warps, each of which loads them.

@@ -207,7 +207,7 @@ MUTANTS = {
     ),
     **{
         f"{name} short": Mutant(MAIN_NAME, caught_by=frozenset({"out_of_bounds"}), short={name: size})
-        for name, size in {"k": 4, "workspace": 2048, "columns": 4}.items()
+        for name, size in {"k": 4, "columns": 4}.items()
     },
     "end of a tile": small("high = tl.minimum((tile + 1)", r"min\.s32", "max.s32", "value"),
     "sinks where there are none": small("has_sinks = (low > 0)", r"setp\.gt\.s32", "setp.ge.s32", "value"),
