@@ -61,7 +61,7 @@ def _scores(q, k):
 
 @triton.jit
 def _unhidden(score, key, first, last, FIRST: tl.constexpr):
-    """The scores [M, N] of the rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
+    """The scores [M, N] of rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
     seen = key[None, :] <= last[:, None]
     if FIRST:
         seen &= key[None, :] >= first[:, None]
@@ -186,7 +186,7 @@ def sparse_attention_kernel(
     v += b * v_b + kv_head * v_h
     n = tl.arange(0, BLOCK_N)
     zeros = ()
-    for i in tl.static_range(D // PART):
+    for _ in tl.static_range(D // PART):
         zeros = zeros + (tl.zeros((BLOCK_M, PART), tl.float32),)
     if REST:
         zeros = zeros + (tl.zeros((BLOCK_M, REST), tl.float32),)
