@@ -12,6 +12,8 @@ A piece is looked up, not walked to: 32 ranges lie in the lanes of a warp with p
 range that holds piece p is found by one warp-wide sum. So a range may be short without draining the pipeline.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,7 @@ def _scores(q, k):
 
 @triton.jit
 def _unhidden(score, key, first, last, FIRST: tl.constexpr):
-    """Scores [M, N] of rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
+    """The scores [M, N] of rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
     seen = key[None, :] <= last[:, None]
     if FIRST:
         seen &= key[None, :] >= first[:, None]
@@ -307,7 +309,10 @@ def launches(
     shared_by = H // max(G, 1)
     group = shared_by if all(tensor.shape[1] == 1 for tensor in plan.values()) else 1
     q_block = min(q_block, max(n_q, 1))
-    chosen = config("sparse_attention", q.device, rows=max(q_block * group, 1), head_dim=max(D, 1), itemsize=size)
+    tuned = functools.partial(config, "sparse_attention", q.device, head_dim=max(D, 1), itemsize=size)
+    chosen = tuned(rows=max(q_block * group, 1))
+    if 2 * (-q_block * group % chosen["BLOCK_M"]) >= chosen["BLOCK_M"]:  # a tile's last block would be half empty
+        chosen = tuned(rows=max(chosen["BLOCK_M"] // 2, 1))
     block_m, block_n, part = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["PART"]
     q, (k, v) = unit_last_stride(q), (rows_near(tensor, block_n) for tensor in (k, v))
     inputs = {"q": q, "k": k, "v": v, **plan}

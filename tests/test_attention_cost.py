@@ -64,7 +64,7 @@ def test_less_work_than_minferences_kernels() -> None:
 def test_tile_efficiency_is_told_at_every_density() -> None:
     rows = [row for row in predict.predicted("sparse_attention", "h100") if row["plan"] == "blocks"]
     assert len({row["density"] for row in rows}) == 4
-    assert all(0.9 < row["tile_efficiency"] <= 1 for row in rows)
+    assert all(0.85 < row["tile_efficiency"] <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -214,7 +214,7 @@ MUTANTS = {
         line("pieces = tl.maximum", r"(shr\.u32\s+%r\d+, %r\d+), 6;", 0, r"\1, 5;"), "value", "out_of_bounds"
     ),
     "columns inside a range twice": planted(
-        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 2, r"setp.ne.s32\1;"), "value"
+        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", -1, r"setp.ne.s32\1;"), "value"
     ),
     "columns past the list": planted(
         line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 0, r"setp.ne.s32\1;"),
