@@ -6,10 +6,11 @@ program works on one head. The keys of a tile come in three loops, each a softwa
 
     whole pieces    BLOCK_N keys in a row that every query of the block sees: no mask
     edges           what is left of the ranges at their ends and under the diagonal, packed by quarters of a piece
-    columns         BLOCK_N scattered columns, less those inside a range; masked only where some are hidden
+    columns         BLOCK_N scattered columns, less those inside a range, which the list is first marked with
 
 A piece is looked up, not walked to: 32 ranges lie in the lanes of a warp with prefix sums of their pieces, and the
-range that holds piece p is found by one warp-wide sum. So a range may be short without draining the pipeline.
+range that holds piece p is found by one warp-wide sum. So a range may be short without draining the pipeline. D is cut
+into parts of at most PART: with rows no fewer than a part's columns, Triton gives each warp whole rows on sm_80.
 """
 
 import functools
@@ -31,13 +32,13 @@ def _load(rows, seen, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, M
     parts = ()
     for i in tl.static_range(D // PART):
         at = rows + i * PART + tl.arange(0, PART)[None, :]
-        parts = parts + (tl.load(at, mask=seen, other=0.0) if MASKED else tl.load(at),)
+        parts += (tl.load(at, mask=seen, other=0.0) if MASKED else tl.load(at),)
     if REST:
         d = D // PART * PART + tl.arange(0, REST)[None, :]
         if D % PART == REST:
-            parts = parts + (tl.load(rows + d, mask=seen, other=0.0) if MASKED else tl.load(rows + d),)
+            parts += (tl.load(rows + d, mask=seen, other=0.0) if MASKED else tl.load(rows + d),)
         else:
-            parts = parts + (tl.load(rows + d, mask=seen & (d < D) if MASKED else d < D, other=0.0),)
+            parts += (tl.load(rows + d, mask=seen & (d < D) if MASKED else d < D, other=0.0),)
     return parts
 
 
@@ -61,7 +62,7 @@ def _scores(q, k):
 
 @triton.jit
 def _unhidden(score, key, first, last, FIRST: tl.constexpr):
-    """The scores [M, N] of the rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
+    """The scores [M, N] of rows i and keys j with key[j] <= last[i] (and first[i] <= key[j], if FIRST); else -inf."""
     seen = key[None, :] <= last[:, None]
     if FIRST:
         seen &= key[None, :] >= first[:, None]
@@ -82,7 +83,7 @@ def _add(score, v, state, scale, MASKED: tl.constexpr):
     weight = weight.to(v[0].dtype)
     updated = ()
     for i in tl.static_range(len(v)):
-        updated = updated + (tl.dot(weight, v[i], sums[i] * past[:, None], input_precision="ieee"),)
+        updated += (tl.dot(weight, v[i], sums[i] * past[:, None], input_precision="ieee"),)
     return high, total, updated
 
 
@@ -152,7 +153,7 @@ def sparse_attention_kernel(
     loaded = _load(rows, True, D, PART, REST, False)
     query = ()
     for i in tl.static_range(len(loaded)):  # negated if need be, so that the largest product is the largest score
-        query = query + (tl.where(scale < 0, -loaded[i], loaded[i]),)
+        query += (tl.where(scale < 0, -loaded[i], loaded[i]),)
     scale = tl.maximum(tl.abs(scale) * 1.44269504, 1e-30)  # log2(e); never zero, for hidden scores are -inf
 
     # Keys in [low, high) are seen by some row, those in [safe_low, safe_high) by every row.
@@ -186,10 +187,10 @@ def sparse_attention_kernel(
     v += b * v_b + kv_head * v_h
     n = tl.arange(0, BLOCK_N)
     zeros = ()
-    for i in tl.static_range(D // PART):
-        zeros = zeros + (tl.zeros((BLOCK_M, PART), tl.float32),)
+    for _ in tl.static_range(D // PART):
+        zeros += (tl.zeros((BLOCK_M, PART), tl.float32),)
     if REST:
-        zeros = zeros + (tl.zeros((BLOCK_M, REST), tl.float32),)
+        zeros += (tl.zeros((BLOCK_M, REST), tl.float32),)
     state = (tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32), zeros)
 
     for done in tl.range(0, n_ranges, 32, num_stages=1):
@@ -248,9 +249,9 @@ def sparse_attention_kernel(
         after = until
         if FIRST:
             after = tl.zeros((BLOCK_M,), tl.int32) + begin
-            start = tl.load(row_start + token)
+            starts = tl.load(row_start + token)
             for early in tl.range(begin, safe_begin, num_stages=1):
-                after += (tl.load(columns + done + early) < start).to(tl.int32)
+                after += (tl.load(columns + done + early) < starts).to(tl.int32)
         index = begin // BLOCK_N * BLOCK_N + n
         key = tl.load(columns + done + index, mask=index < end, other=0)
         for piece in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
@@ -265,7 +266,7 @@ def sparse_attention_kernel(
             key = tl.load(columns + done + index, mask=index < end, other=0)
             k_parts = _load(k + at * k_n, keep[:, None], D, PART, REST, True)
             v_parts = _load(v + at * v_n, keep[:, None], D, PART, REST, True)
-            index = tl.where(keep, place + n, _HIDDEN)
+            index = tl.where(keep, place + n, _HIDDEN)  # numbers: a mask [M, N] of bits would live through the products
             score = _unhidden(_scores(query, k_parts), index, after, until, FIRST)
             state = _add(score, v_parts, state, scale, True)
 
