@@ -32,13 +32,13 @@ def _load(rows, seen, D: tl.constexpr, PART: tl.constexpr, REST: tl.constexpr, M
     parts = ()
     for i in tl.static_range(D // PART):
         at = rows + i * PART + tl.arange(0, PART)[None, :]
-        parts += (tl.load(at, mask=seen, other=0.0) if MASKED else tl.load(at),)
+        parts = parts + (tl.load(at, mask=seen, other=0.0) if MASKED else tl.load(at),)
     if REST:
         d = D // PART * PART + tl.arange(0, REST)[None, :]
         if D % PART == REST:
-            parts += (tl.load(rows + d, mask=seen, other=0.0) if MASKED else tl.load(rows + d),)
+            parts = parts + (tl.load(rows + d, mask=seen, other=0.0) if MASKED else tl.load(rows + d),)
         else:
-            parts += (tl.load(rows + d, mask=seen & (d < D) if MASKED else d < D, other=0.0),)
+            parts = parts + (tl.load(rows + d, mask=seen & (d < D) if MASKED else d < D, other=0.0),)
     return parts
 
 
@@ -83,7 +83,7 @@ def _add(score, v, state, scale, MASKED: tl.constexpr):
     weight = weight.to(v[0].dtype)
     updated = ()
     for i in tl.static_range(len(v)):
-        updated += (tl.dot(weight, v[i], sums[i] * past[:, None], input_precision="ieee"),)
+        updated = updated + (tl.dot(weight, v[i], sums[i] * past[:, None], input_precision="ieee"),)
     return high, total, updated
 
 
@@ -153,7 +153,7 @@ def sparse_attention_kernel(
     loaded = _load(rows, True, D, PART, REST, False)
     query = ()
     for i in tl.static_range(len(loaded)):  # negated if need be, so that the largest product is the largest score
-        query += (tl.where(scale < 0, -loaded[i], loaded[i]),)
+        query = query + (tl.where(scale < 0, -loaded[i], loaded[i]),)
     scale = tl.maximum(tl.abs(scale) * 1.44269504, 1e-30)  # log2(e); never zero, for hidden scores are -inf
 
     # Keys in [low, high) are seen by some row, those in [safe_low, safe_high) by every row.
@@ -188,9 +188,9 @@ def sparse_attention_kernel(
     n = tl.arange(0, BLOCK_N)
     zeros = ()
     for _ in tl.static_range(D // PART):
-        zeros += (tl.zeros((BLOCK_M, PART), tl.float32),)
+        zeros = zeros + (tl.zeros((BLOCK_M, PART), tl.float32),)
     if REST:
-        zeros += (tl.zeros((BLOCK_M, REST), tl.float32),)
+        zeros = zeros + (tl.zeros((BLOCK_M, REST), tl.float32),)
     state = (tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32), zeros)
 
     for done in tl.range(0, n_ranges, 32, num_stages=1):
@@ -249,9 +249,9 @@ def sparse_attention_kernel(
         after = until
         if FIRST:
             after = tl.zeros((BLOCK_M,), tl.int32) + begin
-            starts = tl.load(row_start + token)
+            start = tl.load(row_start + token)
             for early in tl.range(begin, safe_begin, num_stages=1):
-                after += (tl.load(columns + done + early) < starts).to(tl.int32)
+                after += (tl.load(columns + done + early) < start).to(tl.int32)
         index = begin // BLOCK_N * BLOCK_N + n
         key = tl.load(columns + done + index, mask=index < end, other=0)
         for piece in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):

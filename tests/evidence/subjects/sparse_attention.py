@@ -151,21 +151,26 @@ INTERPRETED = {  # each in one of the two types: the interpreter is slow
 
 
 def shipped() -> dict[str, Case]:
-    """Every configuration of the file in the types it is for; plans with and without row_start."""
+    """Every configuration: plans per head, shared ones (four times the rows in a tile), and some with row_start."""
 
-    def meta(D: int, dtype: torch.dtype, first: bool) -> Flat:
-        plan = SparsePlan.sliding_window(4096, 512) if first else SparsePlan.a_shape(4096, 64, 512)
-        plan = plan.to("meta")
+    def meta(D: int, dtype: torch.dtype, kind: str) -> Flat:
+        made = {
+            "heads": lambda: SparsePlan.a_shape(4096, [64] * 32, 512),
+            "shared": lambda: SparsePlan.a_shape(4096, 64, 512),
+            "rows": lambda: SparsePlan.sliding_window(4096, 512),
+        }
+        plan = made[kind]().to("meta")
         q, k = (torch.empty(1, H, 4096, D, dtype=dtype, device="meta") for H in (32, 8))
         tensors = (plan.ranges, plan.range_slice, plan.columns, plan.column_slice, plan.row_start)
         return (q, k, k, *tensors, plan.q_block, plan.q_offset, plan.causal, D**-0.5)
 
-    forms = [(D, dtype, False) for D in (64, 128, 256) for dtype in (torch.bfloat16, torch.float32)]
-    forms += [(80, torch.bfloat16, False), *((D, torch.float16, False) for D in (64, 128))]
-    forms += [(D, torch.bfloat16, True) for D in (64, 128)]
+    forms = [(D, torch.bfloat16, kind) for D in (64, 96, 128, 256) for kind in ("heads", "shared")]
+    forms += [(D, torch.float16, "shared") for D in (64, 128)]
+    forms += [(D, torch.bfloat16, "rows") for D in (64, 128)]
+    forms += [(D, torch.float32, "shared") for D in (64, 128, 256)]
     return {
-        f"{D}-{str(dtype).removeprefix('torch.')}{'-rows' * first}": functools.partial(meta, D, dtype, first)
-        for D, dtype, first in forms
+        f"{D}-{str(dtype).removeprefix('torch.')}-{kind}": functools.partial(meta, D, dtype, kind)
+        for D, dtype, kind in forms
     }
 
 
@@ -209,7 +214,7 @@ MUTANTS = {
         line("pieces = tl.maximum", r"(shr\.u32\s+%r\d+, %r\d+), 6;", 0, r"\1, 5;"), "value", "out_of_bounds"
     ),
     "columns inside a range twice": planted(
-        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 2, r"setp.ne.s32\1;"), "value"
+        line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", -1, r"setp.ne.s32\1;"), "value"
     ),
     "columns past the list": planted(
         line("keep = (column >= low)", r"setp\.\w+\.s32(\s+%p\d+, %r\d+, %r\d+);", 0, r"setp.ne.s32\1;"),
@@ -244,7 +249,7 @@ SUBJECT = Subject(
     check=against_oracle("sparse_attention"),
     reference_launch="mixed",
     shipped=shipped(),
-    defaults=["64-bfloat16", "128-bfloat16"],
+    defaults=["64-bfloat16-shared", "128-bfloat16-heads"],
     mutant_case="mixed",
     mutants=MUTANTS,
     tensor_kernels={"sparse_attention_kernel": 1},
