@@ -1,6 +1,7 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
 from .gelu_mul import gelu_mul
+from .int4_linear import int4_linear
 from .linear import linear
 from .merge_attention import merge_attention
 from .rms_norm import rms_norm
@@ -12,6 +13,7 @@ from .vertical_slash_index import vertical_slash_index
 
 __all__ = [
     "gelu_mul",
+    "int4_linear",
     "linear",
     "merge_attention",
     "rms_norm",

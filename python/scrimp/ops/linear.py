@@ -94,6 +94,8 @@ def linear(
     Raises:
         ValueError: a rank, shape, stride, device or dtype that does not fit, with the value.
 
+    Source: `torch.nn.functional.linear`, summed in an order that does not depend on the number of rows.
+
     >>> import torch, scrimp
     >>> x, up, down = torch.ones(2, 8), torch.ones(3, 8), -torch.ones(1, 8)
     >>> scrimp.ops.linear(x, [up, down], [None, torch.ones(1)]).tolist()
