@@ -241,13 +241,13 @@ def write_slices(
 
 @triton.jit(
     do_not_specialize=[
-        "H", "group_heads", "groups", "items", "n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns", "stride", "samples",
+        "H", "group_heads", "heads", "items", "T", "S", "pitch", "capacity", "n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns", "stride", "samples",
     ]
 )  # fmt: skip
 def vertical_slash_index_kernel(
     q, k, window, columns, chosen, column_slice, queue, workspace,
     q_b, q_h, q_n, k_b, k_h, k_n, window_h, columns_h,
-    H, group_heads, groups, items, n_q, n_k, sinks, q_block, segment, q_offset, max_columns, stride, samples, factor,
+    H, group_heads, heads, items, T, S, pitch, capacity, n_q, n_k, sinks, q_block, segment, q_offset, max_columns, stride, samples, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -256,14 +256,13 @@ def vertical_slash_index_kernel(
     Rows of S^T that are no sample of their segment repeat its last row; their `low` is 0, so that they count nothing.
     """
     SEGMENTS: tl.constexpr = ROWS // SAMPLES
-    T, S = tl.cdiv(n_q, q_block), tl.cdiv(n_q, segment)
-    # A workspace: scores of every segment, a list of keys, their scores.
-    pitch, capacity = (tl.cdiv(n_k, 256) * 256).to(tl.int64), tl.cdiv(max_columns, 512) * 1024
+    # A workspace: scores of every segment, a list of keys, their scores. Each starts on a line of memory.
+    pitch, capacity = pitch.to(tl.int64) * 16, capacity * 16
     scores = workspace + tl.program_id(0) * (SEGMENTS * pitch + 2 * capacity + 16)
     bits = scores.to(tl.pointer_type(tl.int32), bitcast=True)
     item = tl.program_id(0)
     while item < items:
-        head, group = item % (items // groups), groups - 1 - item // (items // groups)
+        head, group = item % heads, (items - 1 - item) // heads
         b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
         width = tl.load(window + h * window_h)
         wanted = tl.minimum(tl.load(columns + h * columns_h), max_columns)
@@ -371,7 +370,8 @@ def launches(
     SAMPLES = min(max(wanted, ROWS // 4), ROWS)  # at most four segments at a time share a workspace
     groups = cdiv(S, ROWS // SAMPLES)
     programs = min(B * H * groups, chosen["programs"])
-    workspace = ROWS // SAMPLES * cdiv(n_k, 256) * 256 + cdiv(max_columns, 512) * 2048 + 16
+    pitch, capacity = cdiv(n_k, 256) * 16, cdiv(max_columns, 512) * 64  # lines of 16 scores
+    workspace = 16 * (ROWS // SAMPLES * pitch + 2 * capacity + 1)
     q, k = unit_last_stride(q), unit_last_stride(k)
     if k.stride(2) >= 2**24:  # offsets within a tile of keys are int32
         k = k.contiguous()
@@ -384,7 +384,7 @@ def launches(
             **inputs, "chosen": written["chosen"], "column_slice": written["column_slice"], "queue": written["queue"],
             "workspace": q.new_empty(programs, workspace, dtype=torch.float32),
             **strides, "window_h": window.stride(0), "columns_h": columns.stride(0), "H": H, "group_heads": H // G,
-            "groups": groups, "items": B * H * groups, **numbers, "stride": min(segment // samples, n_q),
+            "heads": B * H, "items": B * H * groups, "T": T, "S": S, "pitch": pitch, "capacity": capacity, **numbers, "stride": min(segment // samples, n_q),
             "samples": min(samples, n_q), "factor": scale * LOG2E,
         },
         constants={
