@@ -32,7 +32,11 @@ def commit() -> str:
 def versions(distribution: str) -> str:
     """Versions of scrimp, Python, torch and the peer's package."""
     parts = [f"scrimp {scrimp.__version__}", f"python {platform.python_version()}"]
-    parts += [f"{name} {metadata.version(name)}" for name in dict.fromkeys(("torch", distribution))]
+    for name in dict.fromkeys(("torch", distribution)):
+        try:
+            parts.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"no {name}")
     return ", ".join(parts)
 
 

@@ -3,7 +3,7 @@
 A case file has two functions: `cases() -> list[Case]`, and `tiny() -> Call`, a call so small that only the
 host's overhead is left. A peer file has `DISTRIBUTION` (its name on PyPI), `available() -> str | None` (why not, with
 the line that installs it) and one function per op it can do, named after the op: it takes the case's inputs and
-returns a `Peer`.
+returns a `Peer`. `WHOLE` names the files that measure more than one op; they need no `tiny`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,8 @@ import torch
 
 from scrimp._registry import OPS
 
+WHOLE = ("e2e",)
+
 Call = Callable[[], Any]
 Ratios = Mapping[str, float]
 
@@ -29,17 +31,24 @@ class Work:
     flops: float
 
 
+def no_fields(_: Any) -> dict[str, Any]:
+    """The extra fields of an op that has none."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's way to do a case; `same` says that its results are ours up to rounding."""
+    """Somebody else's way to do a case.
+
+    Args:
+        call: what is timed.
+        same: whether its results are ours up to rounding.
+        fields: extra fields of its row, from (our result, its result).
+    """
 
     call: Call
     same: bool = True
-
-
-def no_fields(ratios: Ratios) -> dict[str, Any]:
-    """The extra fields of an op that has none."""
-    return {}
+    fields: Callable[[tuple[Any, Any]], dict[str, Any]] = no_fields
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Problem:
         standard: the peer that every "self-..." is held against: a comparison counts from 0.95 of its speed.
         fields: the op's extra fields known from the inputs.
         derive: the op's extra fields computed from the ratios (peer over ours, by peer; those that count).
+        of_row: the op's extra fields computed from a row's own numbers, which are None where there are none.
     """
 
     inputs: tuple[Any, ...]
@@ -65,6 +75,7 @@ class Problem:
     standard: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     derive: Callable[[Ratios], dict[str, Any]] = no_fields
+    of_row: Callable[[Mapping[str, Any]], dict[str, Any]] = no_fields
 
 
 @dataclass(frozen=True)
@@ -95,10 +106,15 @@ def ops() -> list[str]:
     return sorted(op for op in OPS if (folder / f"{op}.py").exists())
 
 
+def names() -> list[str]:
+    """Everything that has cases: the ops, then what measures more than one."""
+    return [*ops(), *WHOLE]
+
+
 def case_file(op: str) -> ModuleType:
     """The module with the cases of `op`."""
-    if op not in ops():
-        raise ValueError(f"there are no benchmark cases for {op!r}; ops with cases are {', '.join(ops())}")
+    if op not in names():
+        raise ValueError(f"there are no benchmark cases for {op!r}; ops with cases are {', '.join(names())}")
     return import_module(f"{__package__}.{op}")
 
 

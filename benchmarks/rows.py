@@ -36,7 +36,7 @@ def measured(cases: Sequence[Case], counts: Sequence[int], budget_s: float) -> I
 
 def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float) -> list[Row]:
     """One row per peer at the current thread count. Where a check fails, the numbers are None and `note` says why."""
-    calls, notes = prepared(case, problem)
+    calls, notes, extra = prepared(case, problem)
     samples = measure.interleave(problem.ours, calls, probes, budget_s) if calls else Samples()
     limits = measure.limits(probes, samples) if calls else None
     for peer in calls:
@@ -50,33 +50,36 @@ def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float
         row: Row = {"op": case.op, "case": case.name, "dtype": case.dtype_name, "threads": torch.get_num_threads()}
         row |= case.shape
         row |= {**problem.fields, **{name: _rounded(value) for name, value in derived.items()}, "peer": peer}
+        row |= extra.get(peer, {})
         row |= figures(peer, samples, limits, problem)
+        row |= problem.of_row(row)
         rows.append(row | origin(peer) | {"note": notes[peer]})
     return rows
 
 
-def prepared(case: Case, problem: Problem) -> tuple[dict[str, Call], dict[str, str]]:
-    """The peers' warm calls, and a note for every peer: empty, or why it has no call."""
+def prepared(case: Case, problem: Problem) -> tuple[dict[str, Call], dict[str, str], dict[str, Row]]:
+    """The peers' warm calls, a note for every peer (empty, or why it has no call), and fields of its own."""
     calls: dict[str, Call] = {}
+    extra: dict[str, Row] = {}
     try:
         expected = problem.ours()
         problem.check(expected)
     except AssertionError as error:
-        return calls, dict.fromkeys(case.peers, f"WRONG: {_line(error)}")
+        return calls, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
     except Exception as error:
-        return calls, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}")
+        return calls, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
     measure.warm_up(problem.ours)
     notes = {}
     for peer in case.peers:
         try:
-            notes[peer] = _prepare(peer, case.op, problem, expected, calls)
+            notes[peer] = _prepare(peer, case.op, problem, expected, calls, extra)
         except Exception as error:
             notes[peer] = f"FAILS: {type(error).__name__}: {_line(error)}"
-    return calls, notes
+    return calls, notes, extra
 
 
-def _prepare(peer: str, op: str, problem: Problem, expected: Any, calls: dict[str, Call]) -> str:
-    """Puts the peer's call into `calls`, or returns why there is none."""
+def _prepare(peer: str, op: str, problem: Problem, expected: Any, calls: dict[str, Call], extra: dict[str, Row]) -> str:
+    """Puts the peer's call into `calls` and its fields into `extra`, or returns why there is none."""
     if registry.is_self(peer):
         found = registry.Peer(problem.own[peer], same=False)
     else:
@@ -87,6 +90,7 @@ def _prepare(peer: str, op: str, problem: Problem, expected: Any, calls: dict[st
     result = found.call()
     if found.same and (fault := difference(result, expected)):
         return f"WRONG: {peer} computes something else: {fault}"
+    extra[peer] = found.fields((expected, result))
     measure.warm_up(found.call)
     calls[peer] = found.call
     return ""

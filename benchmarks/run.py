@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(listing()))
         return 0
     if not args.all and args.op is None:
-        raise ValueError(f"name an op or give --all; ops with cases are {', '.join(registry.ops())}")
+        raise ValueError(f"name an op or give --all; ops with cases are {', '.join(registry.names())}")
     cases = selected(ops_with_kernels() if args.all else [with_kernel(args.op)], args.case or "")
     counts = thread_counts(args.threads)
     budget_s = BUDGET_S if args.budget is None else args.budget
@@ -54,7 +54,7 @@ def listing() -> list[str]:
     """Every op with its cases and their peers, then whether each peer is here."""
     lines: list[str] = []
     peers: dict[str, None] = {}
-    for op in registry.ops():
+    for op in registry.names():
         cases = registry.case_file(op).cases()
         width = max(len(case.name) for case in cases)
         lines += [op, *(f"  {c.name:<{width}}  {c.dtype_name}  {', '.join(c.peers)}" for c in cases)]
@@ -76,7 +76,7 @@ def with_kernel(op: str) -> str:
 def ops_with_kernels() -> list[str]:
     """Every op that can be measured; the others are named."""
     found = []
-    for op in registry.ops():
+    for op in registry.names():
         try:
             found.append(with_kernel(op))
         except RuntimeError as error:

@@ -1,22 +1,17 @@
 """What vertical_slash_index's kernels do: the sampled rows of a few segments meet the keys before them twice.
 
-The search for the best columns reads a segment's scores once a pass; how many passes it needs depends on the scores.
-Where there are values they are computed, on the meta device they are taken to be `PASSES`.
+The search for the best columns reads a segment's scores once a pass; how many passes it needs depends on the scores and
+is taken to be `PASSES`, so that bytes are an estimate where products and exponentials are exact.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
-
 from scrimp.kernels.launch import cdiv, power_of_two
 from scrimp.kernels.tuning import config
-from scrimp.ops.vertical_slash_index import column_scores
+from torch import Tensor
 
 from .roofline import Count, CountedCase
-from .vertical_slash_index import COLUMNS, SAMPLES, SEGMENT, SINKS, WINDOW
 
 PASSES = 6  # of Gaussian queries and keys, 100 to 1,000 columns of 8K to 64K keys: 1 to 10
 INFINITY = 0x7F800000
@@ -91,7 +86,7 @@ def count_head(call: Call, b: int, h: int, window: int, wanted: int) -> Count:
     """Of the columns of one head."""
     keys, rows, samples = call.tile
     together, D, size = rows // samples, call.q.shape[3], call.q.element_size()
-    done, most, workspace = Count(0, 0), 0, 0
+    done = Count(0, 0)
     for first in range(0, call.segments, together):
         members = range(first, min(first + together, call.segments))
         limit = call.low(call.stop(members[-1]) - 1, window)
@@ -114,9 +109,27 @@ def count_head(call: Call, b: int, h: int, window: int, wanted: int) -> Count:
                 flops_useful=2 * D * min(useful, elements * (tiles + again)),
                 exps=elements * (tiles + again + 1),
             )
-            most = max(most, end)
-        workspace = max(workspace, 4 * together * width)
-        done += count_choices(call, b, h, window, wanted, list(members))
-    g = h // (call.q.shape[1] // call.k.shape[1])
-    first_of_group = h % (call.q.shape[1] // call.k.shape[1]) == 0
+        done += count_choices(call, members, limit, wanted, window)
     return done
+
+
+def count_choices(call: Call, members: range, limit: int, wanted: int, window: int) -> Count:
+    """Of the search for the best columns of some segments: `PASSES` over the scores, then the columns and slices."""
+    chosen = min(wanted, limit)
+    read = sum(4 * max(call.low(call.stop(s) - 1, window) - call.sinks, 0) * PASSES for s in members)
+    tiles = cdiv(call.segment, call.q_block)
+    written = len(members) * (4 * chosen * (2 + tiles) + 8 * tiles)
+    return Count(bytes=read + written, unique_bytes=0)
+
+
+def cases() -> list[CountedCase]:
+    """Llama-3-8B-like heads in bfloat16, 1,000 columns and a window of 1,024 tokens in every head."""
+
+    def make(n: int) -> CountedCase:
+        q, k = (torch.empty(1, heads, n, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+        window, columns = (torch.full((32,), value, dtype=torch.int32) for value in (1024, 1000))
+        args = (q, k, window, columns, 1000, 16, 512, 16, 64, 0, 128**-0.5)
+        fields = {"n": n, "heads": 32, "kv_heads": 8, "head_dim": 128, "columns": 1000, "window": 1024}
+        return CountedCase(f"{n // 1024}k-d128", "bf16", lambda: count(*args), fields)
+
+    return [make(1024 * thousands) for thousands in (8, 32, 128)]

@@ -8,16 +8,17 @@ from .launch import Launch, cdiv, power_of_two, unit_last_stride
 from .tuning import config
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["H", "N"])
 def merge_attention_kernel(
     out_a, lse_a, out_b, lse_b, out, lse,
     out_a_b, out_a_h, out_a_n, lse_a_b, lse_a_h, lse_a_n,
     out_b_b, out_b_h, out_b_n, lse_b_b, lse_b_h, lse_b_n,
-    N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    H, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    H = tl.num_programs(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_N)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = head // H, head % H
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     rows = n < N
     n = n.to(tl.int64)
@@ -50,8 +51,8 @@ def launches(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tupl
     strides = {f"{name}_{axis}": x.stride(i) for name, x in inputs.items() for i, axis in enumerate("bhn")}
     launch = Launch(
         merge_attention_kernel,
-        grid=(cdiv(N, chosen["BLOCK_N"]), H, B if D else 0),
-        args={**inputs, "out": out, "lse": lse, **strides, "N": N},
+        grid=(cdiv(N, chosen["BLOCK_N"]) * H * B, 1, 1),
+        args={**inputs, "out": out, "lse": lse, **strides, "H": H, "N": N},
         constants={"D": D, "BLOCK_N": chosen["BLOCK_N"], "BLOCK_D": power_of_two(D)},
         num_warps=chosen["num_warps"],
     )

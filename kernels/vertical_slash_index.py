@@ -194,7 +194,9 @@ def write_columns(bits, keys, listed, first, stop, low, high, equals, to, to_bit
 
 
 @triton.jit
-def choose(bits, first, stop, wanted, guess, spread, listed, chosen, capacity, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr):
+def choose(
+    bits, first, stop, wanted, guess, spread, listed, chosen, capacity, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr
+):
     """Writes the keys of the `wanted` best positive scores, ascending, the lower of equals; (how many, the last score).
 
     First of all keys, until `capacity` or fewer are left, which are listed; then of those.
@@ -241,13 +243,15 @@ def write_slices(
 
 @triton.jit(
     do_not_specialize=[
-        "H", "group_heads", "heads", "items", "T", "S", "pitch", "capacity", "n_q", "n_k", "sinks", "q_block", "segment", "q_offset", "max_columns", "stride", "samples",
+        "H", "group_heads", "heads", "items", "T", "S", "pitch", "capacity", "n_q", "n_k", "sinks", "q_block",
+        "segment", "q_offset", "max_columns", "stride", "samples",
     ]
 )  # fmt: skip
 def vertical_slash_index_kernel(
     q, k, window, columns, chosen, column_slice, queue, workspace,
     q_b, q_h, q_n, k_b, k_h, k_n, window_h, columns_h,
-    H, group_heads, heads, items, T, S, pitch, capacity, n_q, n_k, sinks, q_block, segment, q_offset, max_columns, stride, samples, factor,
+    H, group_heads, heads, items, T, S, pitch, capacity, n_q, n_k, sinks, q_block, segment, q_offset, max_columns,
+    stride, samples, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SAMPLES: tl.constexpr, MORE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -384,12 +388,14 @@ def launches(
             **inputs, "chosen": written["chosen"], "column_slice": written["column_slice"], "queue": written["queue"],
             "workspace": q.new_empty(programs, workspace, dtype=torch.float32),
             **strides, "window_h": window.stride(0), "columns_h": columns.stride(0), "H": H, "group_heads": H // G,
-            "heads": B * H, "items": B * H * groups, "T": T, "S": S, "pitch": pitch, "capacity": capacity, **numbers, "stride": min(segment // samples, n_q),
+            "heads": B * H, "items": B * H * groups, "T": T, "S": S, "pitch": pitch, "capacity": capacity, **numbers,
+            "stride": min(segment // samples, n_q),
             "samples": min(samples, n_q), "factor": scale * LOG2E,
         },
         constants={
             "D": D, "BLOCK_D": power_of_two(D, 16), "ROWS": ROWS, "SAMPLES": SAMPLES, "MORE": wanted > ROWS,
-            "BLOCK_K": chosen["BLOCK_K"], "BLOCK_S": chosen["BLOCK_S"], "BLOCK_W": chosen["BLOCK_W"], "BLOCK_T": 16, "BLOCK_C": 128,
+            "BLOCK_K": chosen["BLOCK_K"], "BLOCK_S": chosen["BLOCK_S"], "BLOCK_W": chosen["BLOCK_W"], "BLOCK_T": 16,
+            "BLOCK_C": 128,
         },
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],

@@ -11,14 +11,20 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from scrimp.benchmarks import (
+    gelu_mul,
+    linear,
     measure,
     merge_attention,
     plot,
     registry,
     results,
+    rms_norm,
+    rotary_append,
     rows,
     run,
+    silu_mul,
     sparse_attention,
+    tree_attention,
     vertical_slash_index,
 )
 from scrimp.benchmarks.registry import Case, Peer, Problem, Work
@@ -235,7 +241,9 @@ def test_mistakes(words: tuple[str, ...], message: str, capsys: pytest.CaptureFi
 
 def test_unknown_op_and_missing_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("nothing") == 2
-    assert "no benchmark cases for 'nothing'; ops with cases are merge_attention" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no benchmark cases for 'nothing'; ops with cases are " in said
+    assert "merge_attention" in said
     monkeypatch.setattr(run.scrimp, "implementations", lambda op: {})
     assert command("merge_attention") == 2
     assert "merge_attention has no kernel to measure here" in capsys.readouterr().err
@@ -294,6 +302,51 @@ def test_sparse_attention_check_sees_a_wrong_row() -> None:
     problem.check((out, lse))
     out[0, 1, 299, 3] += 1e-4
     with pytest.raises(AssertionError, match="out of sampled tiles"):
+        problem.check((out, lse))
+
+
+def test_linear_check_sees_a_wrong_row() -> None:
+    problem = linear.problem(3, 512, (300, 2), True, torch.float32)
+    assert torch.equal(problem.own["self-1-row"](), problem.ours()[:1])
+    out = problem.ours()
+    problem.check(out)
+    out[2, 301] += 1e-3
+    with pytest.raises(AssertionError, match="above the bound"):
+        problem.check(out)
+
+
+@pytest.mark.parametrize("op", [rms_norm, silu_mul, gelu_mul])
+def test_row_ops_check_sees_a_wrong_element(op: Any) -> None:
+    problem = op.problem(3, 40, torch.bfloat16)
+    out = problem.ours()
+    problem.check(out)
+    out[2, 39] += 0.1
+    with pytest.raises(AssertionError, match="above the bound"):
+        problem.check(out)
+
+
+def test_rotary_append_check_sees_a_wrong_slot() -> None:
+    problem = rotary_append.problem((3, 4, 2, 16), torch.float32)
+    out = problem.ours()
+    problem.check(out)
+    problem.inputs[7][0, 1, 2051, 5] += 1e-4
+    with pytest.raises(AssertionError, match="k_cache"):
+        problem.check(out)
+
+
+@pytest.mark.parametrize("T", [1, 20])
+def test_tree_attention_rows(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_attention, "COLD_BYTES", 2**20)
+    monkeypatch.setitem(tree_attention.MODELS, "small", (4, 2, 16))
+    case = tree_attention.case("small", 300, T)
+    problem = case.make()
+    for row in rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0):
+        assert {*FIELDS, "plan", "n", "head_dim"} <= set(row)
+        assert not row["note"].startswith(rows.FAILURES)
+    out, lse = problem.ours()
+    problem.check((out, lse))
+    out[0, 3, T - 1, 3] += 1e-4
+    with pytest.raises(AssertionError, match="out: error"):
         problem.check((out, lse))
 
 

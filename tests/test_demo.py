@@ -24,20 +24,6 @@ NASTY = "<script>alert('x')</script> & \"$title\""
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """One token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
-    made.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/]{% endfor %}[assistant]"
-    return made
-
-
-@pytest.fixture(scope="module")
 def llama() -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

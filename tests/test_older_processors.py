@@ -22,6 +22,21 @@ args = (q, k, k, *tensors, plan.q_block, 0, True, 0.2)
 state = OPS["sparse_attention"].call(*args)
 assert_matches_oracle(state, OPS["sparse_attention"].reference, *args)
 assert_matches_oracle(OPS["merge_attention"].call(*state, *state), OPS["merge_attention"].reference, *state, *state)
+layers = (torch.randn(9, 70), [torch.randn(33, 70), torch.randn(3, 70)], [None, torch.randn(3)], None)
+assert_matches_oracle(OPS["linear"].call(*layers), OPS["linear"].reference, *layers)
+x, weight, start = torch.randn(5, 70), torch.randn(70), torch.tensor([600], dtype=torch.int32)
+heads, table = torch.randn(1, 3, 2, 24), torch.rand(9, 16)
+caches = torch.zeros(1, 2, 700, 24), torch.ones(1, 2, 700, 24)
+for op, args in {
+    "rms_norm": (x, weight, 1e-5),
+    "silu_mul": (x, x),
+    "gelu_mul": (x, x, False),
+    "rotary_append": (heads, heads, heads, table, table, start[:, None] * 0 + torch.arange(3).int(), start, *caches),
+    "tree_attention": (heads.transpose(1, 2), *caches, start, torch.tensor([[1, 3, 5]]), 0, 0.2),
+}.items():
+    for dtype in (torch.float32, torch.bfloat16):
+        same = [a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() and a is not table else a for a in args]
+        assert_matches_oracle(OPS[op].call(*same), OPS[op].reference, *same)
 found = scrimp.ops.vertical_slash_index(q, k, torch.tensor([8, 0]).int(), torch.tensor([5, 9]).int())
 found.validate()
 print("ran on", isa.rstrip(")"))

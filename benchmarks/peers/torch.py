@@ -1,7 +1,10 @@
 """Plain torch operators, one after the other."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..registry import Peer
 
@@ -23,3 +26,60 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Peer:
     """Six operators, two of them over the outputs."""
     return Peer(lambda: merge(out_a, lse_a, out_b, lse_b))
+
+
+def linear(x: Tensor, turns: Iterator[list[Tensor]], added: Tensor | None) -> Peer:
+    """One F.linear for each weight, as a model calls them; their results stay apart."""
+
+    def call() -> list[Tensor]:
+        parts = [functional.linear(x, weight) for weight in next(turns)]
+        return parts if added is None else [part + added for part in parts]
+
+    return Peer(call, same=len(call()) == 1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Peer:
+    """F.rms_norm, which rounds once where Llama rounds twice."""
+    return Peer(lambda: functional.rms_norm(x, weight.shape, weight, eps))
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Peer:
+    """Two operators."""
+    return Peer(lambda: functional.silu(gate) * up)
+
+
+def gelu_mul(gate: Tensor, up: Tensor) -> Peer:
+    """Two operators."""
+    return Peer(lambda: functional.gelu(gate, approximate="tanh") * up)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """transformers' way to say it."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """transformers' apply_rotary_pos_emb, its tables in the dtype of q, and the update of a static cache."""
+    rows = positions.long()
+    cos, sin = (table[rows].to(q.dtype).unsqueeze(1) for table in (cos, sin))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    slots = torch.arange(q.shape[2]) + start
+    k_cache.index_copy_(2, slots, k * cos + rotate_half(k) * sin)
+    v_cache.index_copy_(2, slots, v)
+    return q * cos + rotate_half(q) * sin
+
+
+def rotary_append(*args: Tensor) -> Peer:
+    """Some twenty operators."""
+    return Peer(lambda: append(*args))

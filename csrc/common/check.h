@@ -33,6 +33,11 @@ inline std::string shape_text(const Tensor& tensor) {
   return text + "]";
 }
 
+// `tensor` itself when it is contiguous, else a copy. (Asking costs less than the dispatcher's no-op.)
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // `tensor` itself when its last dimension is contiguous, else a contiguous copy.
 inline Tensor unit_last_stride(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/simd.h"
+#include "common/unroll.h"
 
 namespace scrimp::SCRIMP_ISA {
 namespace {
@@ -14,22 +15,7 @@ constexpr int kStripRows = 6;
 constexpr int kStripVectors = kLanes == 16 ? 4 : 2;
 constexpr int kStrips = kPitch / kLanes / kStripVectors;  // strips side by side in a full row
 constexpr int64_t kLine = 16;                             // floats in a cache line
-constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-// Calls body(Int<n>) for 1 <= n <= N.
-template <int N, class Body>
-SCRIMP_INLINE void with_constant(int64_t n, Body body) {
-  if constexpr (N > 1) {
-    if (n < N) return with_constant<N - 1>(n, body);
-  }
-  body(Int<N>{});
-}
 
 // Cuts rows into strips of up to kStripRows, the last two of like height: body(Int<R>, first_row).
 template <class Body>
@@ -57,16 +43,6 @@ SCRIMP_INLINE void for_strips(int64_t rows, int64_t vectors, Body body) {
         with_constant<kStripVectors>(vectors - vector, [&](auto width) { body(height, width, row, vector); });
       }
     });
-  }
-}
-
-// Calls body(r, c) for every vector of a strip; unrolled, so that an array of vectors stays in registers.
-template <int R, int C, class Body>
-SCRIMP_INLINE void for_vectors(Body body) {
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) body(r, c);
   }
 }
 

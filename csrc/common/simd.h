@@ -29,6 +29,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+constexpr float kLog2E = 1.44269504f;
+
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitsVec __attribute__((vector_size(4 * kLanes)));
@@ -47,20 +49,36 @@ SCRIMP_INLINE Vec load(const float* p) {
 }
 
 SCRIMP_INLINE Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   HalfVec half;
   memcpy(&half, p, sizeof half);
-  return (Vec)(__builtin_convertvector(half, BitsVec) << 16);
+  const BitsVec wide = __builtin_convertvector(half, BitsVec);
+#endif
+  return (Vec)((BitsVec)wide << 16);
 }
 
 SCRIMP_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
-// Rounds to nearest even; a NaN stays a NaN.
-SCRIMP_INLINE void store(BFloat16* p, Vec x) {
+// Rounded to bf16, to nearest even, in the upper half of each lane; a NaN stays a NaN. The lower half is not zero.
+SCRIMP_INLINE BitsVec round_bits(Vec x) {
   const BitsVec bits = (BitsVec)x;
-  const BitsVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const BitsVec quiet = bits >> 16 | 0x40;
-  const HalfVec half = __builtin_convertvector(x == x ? rounded : quiet, HalfVec);
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+}
+
+SCRIMP_INLINE void store(BFloat16* p, Vec x) {
+  const HalfVec half = __builtin_convertvector(round_bits(x) >> 16, HalfVec);
   memcpy(p, &half, sizeof half);
+}
+
+// x rounded to what a T holds.
+template <class T>
+SCRIMP_INLINE Vec round_to(Vec x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  return (Vec)(round_bits(x) & 0xffff0000);
 }
 
 // The first n of kLanes elements, zeros behind them.
@@ -103,6 +121,33 @@ SCRIMP_INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 
 SCRIMP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// fold(upper half, lower half) until one lane is left: always in the same order.
+template <class Fold>
+SCRIMP_INLINE float fold_lanes(Vec x, Fold fold) {
+#if defined(__AVX512F__)
+  x = fold(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  x = fold(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  x = fold(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  x = fold(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif defined(__AVX2__)
+  x = fold(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = fold(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  x = fold(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+  x = fold(x, __builtin_shufflevector(x, x, 2, 3, 0, 1));
+  x = fold(x, __builtin_shufflevector(x, x, 1, 0, 3, 2));
+#endif
+  return x[0];
+}
+
+SCRIMP_INLINE float sum_lanes(Vec x) {
+  return fold_lanes(x, [](Vec a, Vec b) { return a + b; });
+}
+
+SCRIMP_INLINE float highest_lane(Vec x) {
+  return fold_lanes(x, [](Vec a, Vec b) { return max(a, b); });
+}
 
 // 0, 1, 2, ... kLanes - 1.
 SCRIMP_INLINE Vec lane_index() {

@@ -8,8 +8,6 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
 // Weights of both sides and the merged lse of `rows` <= kLanes rows from row n on.
 void merge_weights(const MergeRows& r, int64_t n, int64_t rows, float* weight_a, float* weight_b) {
   float a[kLanes] = {}, b[kLanes] = {}, total[kLanes], highest[kLanes];

@@ -10,7 +10,7 @@
 #include "common/merge_attention.h"
 #include "cuda/merge_attention.cuh"
 
-namespace scrimp::cuda {
+namespace scrimp::cuda::merge_attention {
 
 using torch::headeronly::ScalarType;
 
@@ -25,7 +25,7 @@ static bool aligned(const Tensor& tensor) {
 }
 
 template <class T, int kWidth>
-static void launch(MergeAttention p, int64_t heads, int64_t D, cudaStream_t stream) {
+static void launch(Arguments p, int64_t heads, int64_t D, cudaStream_t stream) {
   p.vectors = static_cast<uint32_t>(D / kWidth);
   const uint32_t columns = std::clamp<uint32_t>(p.vectors, 1, kThreads);
   const uint32_t lines = static_cast<uint32_t>(std::min<int64_t>(kThreads / columns, (p.N + kRows - 1) / kRows));
@@ -37,12 +37,12 @@ static void launch(MergeAttention p, int64_t heads, int64_t D, cudaStream_t stre
 }
 
 template <class T>
-static void launch_as(const MergeAttention& p, int64_t heads, int64_t D, bool wide, cudaStream_t stream) {
+static void launch_as(const Arguments& p, int64_t heads, int64_t D, bool wide, cudaStream_t stream) {
   wide ? launch<T, 16 / sizeof(T)>(p, heads, D, stream) : launch<T, 1>(p, heads, D, stream);
 }
 
-static std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a_in, const Tensor& lse_a, const Tensor& out_b_in,
-                                                  const Tensor& lse_b) {
+static std::tuple<Tensor, Tensor> run(const Tensor& out_a_in, const Tensor& lse_a, const Tensor& out_b_in,
+                                      const Tensor& lse_b) {
   const auto dtype = out_a_in.scalar_type();
   SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                "merge_attention: out_a must be float32, float16 or bfloat16 on CUDA");
@@ -60,29 +60,31 @@ static std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a_in, const 
   if (lse.numel()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    const MergeAttention p = {.out_a = out_a.data_ptr(),
-                              .out_b = out_b.data_ptr(),
-                              .lse_a = static_cast<const float*>(lse_a.data_ptr()),
-                              .lse_b = static_cast<const float*>(lse_b.data_ptr()),
-                              .out = out.data_ptr(),
-                              .lse = static_cast<float*>(lse.data_ptr()),
-                              .out_a_strides = strides_of(out_a),
-                              .out_b_strides = strides_of(out_b),
-                              .lse_a_strides = strides_of(lse_a),
-                              .lse_b_strides = strides_of(lse_b),
-                              .N = N,
-                              .H = static_cast<uint32_t>(H)};
+    const Arguments p = {.out_a = out_a.data_ptr(),
+                         .out_b = out_b.data_ptr(),
+                         .lse_a = static_cast<const float*>(lse_a.data_ptr()),
+                         .lse_b = static_cast<const float*>(lse_b.data_ptr()),
+                         .out = out.data_ptr(),
+                         .lse = static_cast<float*>(lse.data_ptr()),
+                         .out_a_strides = strides_of(out_a),
+                         .out_b_strides = strides_of(out_b),
+                         .lse_a_strides = strides_of(lse_a),
+                         .lse_b_strides = strides_of(lse_b),
+                         .N = N,
+                         .H = static_cast<uint32_t>(H)};
     const bool wide = D * static_cast<int64_t>(out_a.element_size()) % 16 == 0 && aligned(out_a) && aligned(out_b);
-    const auto run = dtype == ScalarType::Half       ? launch_as<__half>
-                     : dtype == ScalarType::BFloat16 ? launch_as<__nv_bfloat16>
-                                                     : launch_as<float>;
-    run(p, B * H, D, wide, static_cast<cudaStream_t>(stream));
+    const auto launch_dtype = dtype == ScalarType::Half       ? launch_as<__half>
+                              : dtype == ScalarType::BFloat16 ? launch_as<__nv_bfloat16>
+                                                              : launch_as<float>;
+    launch_dtype(p, B * H, D, wide, static_cast<cudaStream_t>(stream));
     const cudaError_t status = cudaGetLastError();
     SCRIMP_CHECK(status == cudaSuccess, "merge_attention: the launch failed: ", cudaGetErrorString(status));
   }
   return {torch::stable::transpose(out, 1, 2), lse};
 }
 
-}  // namespace scrimp::cuda
+}  // namespace scrimp::cuda::merge_attention
 
-STABLE_TORCH_LIBRARY_IMPL(scrimp, CUDA, m) { m.impl("merge_attention", TORCH_BOX(&scrimp::cuda::merge_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(scrimp, CUDA, m) {
+  m.impl("merge_attention", TORCH_BOX(&scrimp::cuda::merge_attention::run));
+}

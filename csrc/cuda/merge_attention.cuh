@@ -1,5 +1,4 @@
-// merge_attention, the kernel: out = w_a out_a + w_b out_b with w = exp(lse_side - lse), a tile of rows of one head a
-// block.
+// merge_attention, the kernel: out = w_a out_a + w_b out_b with w = exp(lse_side - lse), a tile of rows per block.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,14 +6,14 @@
 
 #include <cstdint>
 
-namespace scrimp::cuda {
+namespace scrimp::cuda::merge_attention {
 
 // Elements from index to index; the last dimension is contiguous.
 struct Strides {
   int64_t b, h, n;
 };
 
-struct MergeAttention {
+struct Arguments {
   const void *out_a, *out_b;   // [B, H, N, D]
   const float *lse_a, *lse_b;  // [B, H, N]
   void* out;                   // [B, N, H, D], contiguous
@@ -34,7 +33,7 @@ struct alignas(kWidth * sizeof(T)) Vector {
 
 // Launched with H x B x tiles blocks; a tile is blockDim.y * kRows rows. Pointers and strides fit Vector<T, kWidth>.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads, 4) merge_attention_kernel(const __grid_constant__ MergeAttention p) {
+__global__ void __launch_bounds__(kThreads, 4) merge_attention_kernel(const __grid_constant__ Arguments p) {
   using Vec = Vector<T, kWidth>;
   __shared__ float2 weights[kThreads * kRows];
   const uint32_t tile = blockIdx.x % p.tiles, head = blockIdx.x / p.tiles;
@@ -86,4 +85,4 @@ __global__ void __launch_bounds__(kThreads, 4) merge_attention_kernel(const __gr
   }
 }
 
-}  // namespace scrimp::cuda
+}  // namespace scrimp::cuda::merge_attention

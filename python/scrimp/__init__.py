@@ -4,7 +4,11 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .int4_weight import Int4Weight
+from .loading import load
+from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
+from .methods.int4 import quantize
 from .sparse_plan import SparsePlan
 
 try:
@@ -12,4 +16,16 @@ try:
 except metadata.PackageNotFoundError:  # a source tree on sys.path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["HeadPatterns", "SparsePlan", "__version__", "implementations", "ops", "which"]
+__all__ = [
+    "HeadPatterns",
+    "Int4Weight",
+    "KVCache",
+    "SparsePlan",
+    "__version__",
+    "generate",
+    "implementations",
+    "load",
+    "ops",
+    "quantize",
+    "which",
+]

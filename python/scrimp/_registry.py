@@ -75,8 +75,13 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
     torch.library.register_fake(f"scrimp::{name}", fake, lib=_library)
     call = getattr(torch.ops.scrimp, name).default
 
+    def requires_grad(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(map(requires_grad, value))
+        return isinstance(value, torch.Tensor) and value.requires_grad
+
     def refuse_gradients(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and requires_grad(args):
             raise RuntimeError(
                 f"scrimp::{name} has no backward, but an input requires grad; "
                 "call it under torch.no_grad() or detach its inputs"
@@ -85,15 +90,17 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
-    OPS[name] = Op(name, call, reference, _bind_cuda(name, call))
+    OPS[name] = Op(name, call, reference, _bind_cuda(name))
     return call
 
 
-def _bind_cuda(name: str, call: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def _bind_cuda(name: str) -> dict[str, Callable[..., Any]]:
     """Binds Triton to the CUDA key where it is alone or asked for; the kernels by name, first the one that runs."""
     wish, found = _wanted_cuda(), dict[str, Callable[..., Any]]()
     if _has_kernel(name, "CUDA"):
-        found["cuda-c++"] = functools.partial(torch.library.get_kernel(call, "CUDA").call_boxed, _CUDA_KEYS)
+        found["cuda-c++"] = functools.partial(
+            torch.library.get_kernel(f"scrimp::{name}", "CUDA").call_boxed, _CUDA_KEYS
+        )
     if triton := _find_triton(name):
         if not found or wish == "triton":
             with warnings.catch_warnings():

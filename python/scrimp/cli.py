@@ -1,10 +1,11 @@
-"""The command line: `scrimp doctor`, `scrimp demo`, `scrimp bench`. A user's mistake is one line, never a traceback."""
+"""The command line: `scrimp generate`, `eval`, `demo`, ... A user's mistake is one line, never a traceback."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .commands import evaluate, generate, quantize
 from .demo import options as demo_options
 
 
@@ -50,12 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what runs on this machine, what does not, and why")
     demo = command("demo", _demo, "a real model reads a long prompt, with dense and with sparse attention")
     demo_options.add_arguments(demo)
+    generate.add_arguments(command("generate", generate.main, "stream a model's answer"))
+    evaluate.add_arguments(command("eval", evaluate.main, "perplexity of a model, and how far it is from another one"))
     calibrate = command("calibrate", _calibrate, "find the attention patterns of a model's heads, once")
     calibrate.add_argument("model", metavar="MODEL", help="a transformers model folder, or 'demo'")
     calibrate.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="texts like those to read (UTF-8)")
     calibrate.add_argument("--length", type=int, default=8192, metavar="N", help="tokens of a text (default 8192)")
     calibrate.add_argument("--texts", type=int, default=3, metavar="N", help="texts to use (default 3)")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    quantize.add_arguments(command("quantize", quantize.main, "make a model's linear layers 4-bit, into a folder"))
     bench = command("bench", _bench, "measure an op against its peers, paired")
     bench.add_argument("op", nargs="?", metavar="OP", help="the op to measure")
     bench.add_argument("--all", action="store_true", help="measure every op")

@@ -1,7 +1,11 @@
 """Small changes of PTX text that plant faults."""
 
+import bisect
+import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 Change = Callable[[str], str]
 
@@ -52,5 +56,31 @@ def in_entry(name: str, change: Change) -> Change:
         start = text.index(f".entry {name}")
         end = text.find(".entry ", start + 1) % (len(text) + 1)
         return text[:start] + change(text[start:end]) + text[end:]
+
+    return apply
+
+
+def at_line(kernel: Any, words: str, pattern: str, index: int | None, replacement: str) -> Change:
+    """Replaces the occurrence number `index` (None: each) of a pattern in what was compiled from some source lines.
+
+    These are the lines of the Triton function `kernel`'s file that contain `words`; PTX names them in `.loc`.
+    """
+    source = Path(inspect.getsourcefile(getattr(kernel, "fn", kernel)) or "").read_text().splitlines()
+    lines = {number for number, line in enumerate(source, 1) if words in line}
+
+    def apply(text: str) -> str:
+        places = [(m.start(), int(m[1])) for m in re.finditer(r"\.loc\s+1\s+(\d+)", text)]
+        starts = [start for start, _ in places]
+        found = []
+        for match in re.finditer(pattern, text):
+            before = bisect.bisect(starts, match.start()) - 1
+            if before >= 0 and places[before][1] in lines:
+                found.append(match)
+        chosen = found if index is None else found[index : index + 1 or None]
+        if not chosen:
+            raise AssertionError(f"{words!r} has {len(found)} of {pattern!r}, number {index} is to be replaced")
+        for match in reversed(chosen):
+            text = text[: match.start()] + match.expand(replacement) + text[match.end() :]
+        return text
 
     return apply

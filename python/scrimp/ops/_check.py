@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raises ValueError unless `tensor` has one of the allowed dtypes."""
@@ -23,6 +25,16 @@ def check_same(op: str, what: str, **values: Any) -> None:
             raise ValueError(f"{op}: {what} of {name} is {value}, but that of {first_name} is {first}")
 
 
+def check_gate(op: str, gate: Tensor, up: Tensor) -> None:
+    """Raises ValueError unless gate and up are rows of equal shape, dtype and device."""
+    if gate.dim() == 0:
+        raise ValueError(f"{op}: gate must be [..., N], got a scalar")
+    check_dtype(op, "gate", gate, FLOATS)
+    check_same(op, "dtype", gate=gate.dtype, up=up.dtype)
+    check_same(op, "device", gate=gate.device, up=up.device)
+    check_same(op, "shape", gate=tuple(gate.shape), up=tuple(up.shape))
+
+
 def check_attention(op: str, q: Tensor, keys: Mapping[str, Tensor], beside: Mapping[str, Tensor], scale: float) -> None:
     """Raises ValueError unless q and the tensors of keys and values fit together.
 
@@ -37,7 +49,7 @@ def check_attention(op: str, q: Tensor, keys: Mapping[str, Tensor], beside: Mapp
     for name, tensor in named.items():
         if tensor.dim() != 4:
             raise ValueError(f"{op}: {name} must be [batch, heads, tokens, D], got shape {list(tensor.shape)}")
-        check_dtype(op, name, tensor, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+        check_dtype(op, name, tensor, FLOATS)
     check_same(op, "dtype", **{name: tensor.dtype for name, tensor in named.items()})
     check_same(op, "device", **{name: tensor.device for name, tensor in {**named, **beside}.items()})
     check_same(op, "shape", **{name: tuple(tensor.shape) for name, tensor in keys.items()})

@@ -1,5 +1,13 @@
-"""What tests of ops share: the oracle tolerance and the cases of implementations."""
+"""What tests of ops share: the oracle tolerance, bitwise comparison, the cases of implementations, 4-bit weights."""
 
+from .int4 import random_int4_weight
 from .oracle import assert_matches_oracle, oracle_tolerance
+from .rows import assert_rows_independent, same_bits
 
-__all__ = ["assert_matches_oracle", "oracle_tolerance"]
+__all__ = [
+    "assert_matches_oracle",
+    "assert_rows_independent",
+    "oracle_tolerance",
+    "random_int4_weight",
+    "same_bits",
+]

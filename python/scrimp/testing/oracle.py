@@ -8,6 +8,8 @@ from torch import Tensor
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_cast(item, dtype) for item in value]
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -154,8 +154,8 @@ class Module:
         program = self.program(entry)
         sizes = [_three(grid), _three(block)]
         threads = sizes[1][0] * sizes[1][1] * sizes[1][2]
-        if not 0 < threads <= 1024:
-            raise ValueError(f"launch: {threads} threads a block, 1 to 1024 are possible")
+        if not 0 < threads <= program.entry.max_threads:
+            raise ValueError(f"launch: {threads} threads a block, 1 to {program.entry.max_threads} are possible")
         required = program.entry.required_threads
         if required and required != sizes[1]:
             raise ValueError(f"launch: block {sizes[1]} but the kernel requires {required}")

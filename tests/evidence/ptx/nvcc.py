@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .toolchain import cache_folder, locked
 
-# What setup.py ships; sm_90a is compiled beside it, so that its own code paths stay possible.
+# What setup.py ships, and sm_90a, for kernels to come.
 _ARCHITECTURES = (
     "-gencode=arch=compute_80,code=[sm_80,sm_86,sm_89,compute_80]",
     "-gencode=arch=compute_90,code=sm_90",
@@ -74,14 +75,14 @@ def compile_cuda_object(path: str | Path, include: Sequence[Path], system: Seque
     folder = cache_folder() / "cuda" / f"{source.stem}-{_key(command, source, include)}"
     with locked(f"cuda-{source.stem}"):
         if not folder.exists():
-            scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            scratch.mkdir(parents=True)
-            said = _run([*command, f"-keep-dir={scratch}", "-o", str(scratch / "object.o"), str(source)], source)
-            (scratch / "ptxas.txt").write_text(said)
-            (scratch / f"{source.stem}.compute_80.ptx").rename(scratch / "compute_80.ptx")
-            for other in scratch.glob(f"{source.stem}.*"):
-                other.unlink()
-            scratch.rename(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                done = Path(scratch) / "done"
+                done.mkdir()
+                said = _run([*command, f"-keep-dir={scratch}", "-o", str(done / "object.o"), str(source)], source)
+                (done / "ptxas.txt").write_text(said)
+                Path(scratch, f"{source.stem}.compute_80.ptx").rename(done / "compute_80.ptx")
+                done.rename(folder)
     return CudaObject(
         folder / "object.o", (folder / "compute_80.ptx").read_text(), _usage((folder / "ptxas.txt").read_text())
     )

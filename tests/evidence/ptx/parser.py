@@ -1,5 +1,6 @@
 """PTX text to a structured module: entries, variables, instructions. Knows no semantics."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Entry:
     labels: dict[str, int] = field(default_factory=dict)
     targets: dict[str, list[str]] = field(default_factory=dict)
     required_threads: tuple[int, int, int] | None = None
+    max_threads: int = 1024
 
     def width(self, register: str) -> int | None:
         """Bits of a register, or None if it is not one of this entry."""
@@ -176,6 +178,8 @@ def _entry(text: str, start: int, brace: int, end: int) -> Entry:
     if threads and ".reqntid" in head:
         x, y, z = (int(part or 1) for part in threads.groups())
         entry.required_threads = (x, y, z)
+    elif threads:
+        entry.max_threads = math.prod(int(part or 1) for part in threads.groups())
     line = text.count("\n", 0, brace) + 1
     _body(text[brace + 1 : end], line, entry)
     return entry

@@ -48,6 +48,7 @@ class Subject:
         defaults: names of those that every test run compiles for sm_80 and sm_90; `make evidence` compiles all.
         tensor_kernels: kernels whose loops must hold tensor-core instructions, only 128-bit or asynchronous global
             loads, and at least two stages; with the number of their loops that may load indices otherwise.
+        exact_bytes: whether the formula's bytes are exact; False where passes over memory depend on values.
         mutant_case: name of the case the mutants run on.
         mutants: by name.
     """
@@ -63,6 +64,7 @@ class Subject:
     mutants: Mapping[str, Mutant] = field(default_factory=dict)
     defaults: Sequence[str] = ()
     tensor_kernels: Mapping[str, int] = field(default_factory=dict)
+    exact_bytes: bool = True
 
 
 def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:

@@ -4,11 +4,14 @@ import functools
 from typing import Any
 
 import torch
-from scrimp._registry import OPS
-from scrimp.ops.vertical_slash_index import column_scores
+from mutations import BARRIER, COMMIT, MMA_A, MMA_B, SWAPPED, WAIT, Change, at_line, nth, shuffle, weaker
+from scrimp.kernels import vertical_slash_index as kernels
 from torch import Tensor
 
-from .subject import Case, Flat, Subject, pairwise
+from scrimp._registry import OPS
+from scrimp.ops.vertical_slash_index import column_scores
+
+from .subject import Case, Flat, Mutant, Subject, pairwise
 
 FIELDS = ("q", "k", "window", "columns", "max_columns", "sinks", "segment", "samples", "q_block", "q_offset", "scale")
 
@@ -145,6 +148,89 @@ EMULATED = cases(interpreted=False) | {
         shape=(2000, 2000, 0), head_dim=128, dtype=torch.bfloat16, segment=16, samples=16, q_block=16, window=1700
     ),
 }
+
+
+def shipped() -> dict[str, Case]:
+    """One case for every entry of the configuration file, in bfloat16: few segments (4K tokens) and many (128K)."""
+
+    def meta(head_dim: int, n: int) -> Flat:
+        q, k = (torch.empty(1, heads, n, head_dim, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+        budget = torch.empty(32, dtype=torch.int32, device="meta")
+        return q, k, budget, budget, 1024, 16, 512, 16, 64, 0, head_dim**-0.5
+
+    return {
+        f"{head_dim}-{n}": functools.partial(meta, head_dim, n) for head_dim in (64, 128, 256) for n in (512, 131072)
+    }
+
+
+MAIN, SMALL = kernels.vertical_slash_index_kernel, kernels.vertical_slash_ranges_kernel
+MAIN_NAME = "vertical_slash_index_kernel"
+RACE = ("race", "async_race", "uninitialised")
+
+
+def planted(change: Change, *caught_by: str) -> Mutant:
+    return Mutant(MAIN_NAME, change, frozenset(caught_by))
+
+
+def line(words: str, pattern: str, index: int | None, replacement: str, *caught_by: str) -> Mutant:
+    return planted(at_line(MAIN, words, pattern, index, replacement), *caught_by)
+
+
+def small(words: str, pattern: str, replacement: str, *caught_by: str) -> Mutant:
+    change = at_line(SMALL, words, pattern, 0, replacement)
+    return Mutant("vertical_slash_ranges_kernel", change, frozenset(caught_by))
+
+
+MUTANTS = {
+    **{f"barrier {k} removed": planted(nth(BARRIER, k, ""), *RACE) for k in (2, 6, 8, 12, 16, 20, 24, 28)},
+    **{f"wait {k} weakened": planted(weaker(k), *RACE) for k in range(4)},
+    **{f"wait {k} removed": planted(nth(WAIT, k, ""), *RACE) for k in range(4)},
+    **{f"commit {k} removed": planted(nth(COMMIT, k, ""), *RACE) for k in range(6)},
+    "operand A of the last product swapped": planted(nth(MMA_A, -1, SWAPPED), "value"),
+    **{f"operand B of product {k} swapped": planted(nth(MMA_B, k, SWAPPED), "value") for k in (0, -1)},
+    **{f"last shuffle over {new}": planted(shuffle(-1, old, new), "value") for old, new in ((16, 8), (8, 4), (2, 1))},
+    "sinks scored": line("(key >= sinks)[:, None]", r"setp\.ge\.s32", 0, "setp.gt.s32", "value"),
+    "window scored": line("(key >= sinks)[:, None]", r"setp\.lt\.s32", None, "setp.le.s32", "value"),
+    "no exponential of the gap": line(
+        "weight = tl.exp2(", r"ex2\.approx(\.ftz)?\.f32(\s+%r\d+, )(%r\d+)", 0, r"mov.b32\2\3", "value"
+    ),
+    "no exponential of a share": line(
+        "share = tl.exp2(", r"ex2\.approx(\.ftz)?\.f32(\s+%r\d+, )(%r\d+)", 0, r"mov.b32\2\3", "value"
+    ),
+    "maximum and new score exchanged": line("tl.where(gap > 0", r"setp\.gt\.f32", None, "setp.lt.f32", "value"),
+    "counts of half a range": line("least - 1 - x) >> 31", r"(shr\.\w32\s+%r\d+, %r\d+), 31;", 0, r"\1, 30;", "value"),
+    "highest threshold not taken": line("if n_c > wanted", r"setp\.\w+\.s32", 0, "setp.eq.s32", "out_of_bounds"),
+    "middle threshold not taken": line("elif n_b > wanted", r"setp\.\w+\.s32", 0, "setp.eq.s32", "value"),
+    "window's first key counted": line("below += tl.sum(", r"setp\.lt\.s32", None, "setp.le.s32", "value"),
+    "slices past the segment": line(
+        "mask=(tile < last_tile)", r"setp\.lt\.s32", None, "setp.le.s32", "value", "out_of_bounds"
+    ),
+    **{
+        f"{name} short": Mutant(MAIN_NAME, caught_by=frozenset({"out_of_bounds"}), short={name: size})
+        for name, size in {"k": 4, "columns": 4}.items()
+    },
+    "end of a tile": small("high = tl.minimum((tile + 1)", r"min\.s32", "max.s32", "value"),
+    "sinks where there are none": small("has_sinks = (low > 0)", r"setp\.gt\.s32", "setp.ge.s32", "value"),
+    "a tile too many": small("inside = (tile < T)", r"setp\.lt\.s32", "setp.le.s32", "out_of_bounds"),
+    "window added": small("q_offset - window", r"sub\.s64", "add.s64", "value"),
+    "window not clamped below": small("tl.maximum(low, 0), n_k", r"max\.s64", "min.s64", "value"),
+    "window not clamped above": small("tl.maximum(low, 0), n_k", r"min\.s64", "max.s64", "value"),
+    "slice's start and count exchanged": small(
+        "tl.where(part == 0, 2 * tile", r"selp\.b32(\s+%r\d+), (%r\d+), (%r\d+)", r"selp.b32\1, \3, \2", "value"
+    ),
+    "a zero too many": small("mask=c < S * max_columns", r"setp\.lt\.s32", "setp.le.s32", "out_of_bounds"),
+    "segment of a tile": small("first = tile * q_block // segment", r"div\.s32", "rem.s32", "value"),
+    "head of another sequence": small(
+        "head = (tl.program_id(2) * H", r"mad\.lo\.s32(\s+%r\d+, %r\d+), (%r\d+), %r\d+;", r"mad.lo.s32\1, \2, \2;",
+        "out_of_bounds",
+    ),
+    **{
+        f"{name} short in the small kernel": Mutant(
+            "vertical_slash_ranges_kernel", caught_by=frozenset({"out_of_bounds"}), short={name: 4}
+        )
+        for name in ("ranges", "column_slice")
+    },
+}  # fmt: skip
 SUBJECT = Subject(
     op="vertical_slash_index",
     cases=EMULATED,
@@ -152,6 +238,10 @@ SUBJECT = Subject(
     interpreted=cases(interpreted=True) | {"not finite": case(kind="wild"), "no head size": case(head_dim=0)},
     check=check,
     reference_launch="many segments",
-    shipped={},
+    shipped=shipped(),
+    defaults=["64-131072", "128-131072"],
     mutant_case="more samples than rows",
+    mutants=MUTANTS,
+    tensor_kernels={"vertical_slash_index_kernel": 0},
+    exact_bytes=False,
 )

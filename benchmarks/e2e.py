@@ -1,0 +1,118 @@
+"""e2e: the demo model generates greedily, beside Hugging Face's own loops and llama.cpp.
+
+Prompts are texts of the held-out documents; "copy" asks for a text that is mostly in the prompt, the best case of
+prompt lookup. The limit: every new token reads all weights of the model once.
+"""
+
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import scrimp
+from scrimp.demo import text
+from scrimp.demo.model import demo_model_path
+from scrimp.methods.evaluate import Reader, quality
+from scrimp.methods.generation import DecoderModel, decoder_model
+
+from .registry import Case, Problem, Work
+
+FP32, BF16 = torch.float32, torch.bfloat16
+NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may prefer another token than ours
+QUALITY_TOKENS = 512
+
+
+def cases() -> list[Case]:
+    """One sequence and four, a long prompt, and a text that copies."""
+    return [
+        case("decode", FP32, prompt=64, new=64, batch=1, peers=("hf", "hf_lookup", "llama")),
+        case("decode-batch", FP32, prompt=64, new=64, batch=4, peers=("hf",)),
+        case("long", FP32, prompt=2048, new=32, batch=1, peers=("hf",)),
+        case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
+        case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
+    ]
+
+
+def case(name: str, dtype: torch.dtype, prompt: int, new: int, batch: int, peers: tuple[str, ...]) -> Case:
+    """One case."""
+    shape = {"m": batch, "batch": batch, "n": prompt, "new_tokens": new}
+    return Case("e2e", name, dtype, shape, peers, partial(problem, name, dtype, prompt, new, batch))
+
+
+@cache
+def loaded(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The demo model and its tokenizer."""
+    return scrimp.load(demo_model_path(), dtype)
+
+
+def prompts(name: str, tokenizer: Any, length: int, batch: int) -> Tensor:
+    """int64 `[batch, length]`."""
+    if name != "copy":
+        return text.windows(tokenizer, length, "heldout", batch)
+    question = "Repeat the text above word for word."
+    return text.prompt(tokenizer, length, text.corpus("heldout"), question).expand(batch, -1)
+
+
+def problem(name: str, dtype: torch.dtype, length: int, new: int, batch: int) -> Problem:
+    """Inputs, call, check and limit of the demo model."""
+    model, tokenizer = loaded(dtype)
+    return of_model(model, prompts(name, tokenizer, length, batch), new)
+
+
+def of_model(model: Any, ids: Tensor, new: int) -> Problem:
+    """Greedy generation of `new` tokens after each of `ids` `[batch, n]`, eos or not."""
+    view = decoder_model(model)
+    batch, length = ids.shape
+
+    def ours() -> Tensor:
+        found: Any = scrimp.generate(view, ids, max_new_tokens=new, ignore_eos=True)
+        return torch.tensor([completion.tokens for completion in found])
+
+    def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+        def rate(which: str) -> float | None:
+            return None if row[which] is None else float(f"{1e3 * batch * new / row[which]:.4g}")
+
+        return {"tokens_per_s": rate("ours_ms"), "peer_tokens_per_s": rate("peer_ms")}
+
+    with torch.no_grad():
+        part = ids[:1, :QUALITY_TOKENS]
+        ratio = quality(Reader(model), part)[0].perplexity / quality(Reader(model, stock=True), part)[0].perplexity
+    return Problem(
+        inputs=(model, ids, new),
+        ours=ours,
+        check=lambda got: check(model, ids, got),
+        work=work(view, batch, length, new),
+        fields={"profile": "plain", "perplexity_ratio": float(f"{ratio:.6g}")},
+        of_row=of_row,
+    )
+
+
+def work(view: DecoderModel, batch: int, length: int, new: int) -> Work:
+    """Every step reads all weights and every sequence's cache; the prompts are products of all their tokens."""
+    weights = sum(tensor.nbytes for tensor, *_ in view.weights)
+    numbers = sum(tensor.numel() for tensor, *_ in view.weights)
+    token = 2 * len(view.layers) * view.kv_heads * view.head_dim * view.embedding.element_size()
+    cached = batch * token * sum(range(length, length + new))
+    return Work(bytes=new * weights + cached, flops=2.0 * numbers * batch * (length + new))
+
+
+def check(model: Any, ids: Tensor, got: Tensor) -> None:
+    """Every token is the best by Hugging Face's logits too, or as good as the best."""
+    with torch.no_grad():
+        logits = model(torch.cat([ids, got], 1), use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
+    behind = logits.amax(-1) - logits.gather(2, got[..., None])[..., 0]
+    worst = int(behind.argmax())
+    if float(behind.max()) > NEAR_TIE[model.dtype]:
+        raise AssertionError(
+            f"token {worst % got.shape[1]} of sequence {worst // got.shape[1]} is {float(behind.max()):.3g} behind the "
+            "best one by Hugging Face's logits"
+        )
+
+
+def agreement(results: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Tokens that a peer and we have in common before the first difference, over all sequences."""
+    ours, theirs = results
+    same = (ours == theirs[:, : ours.shape[1]]).int().cumprod(1)
+    return {"identical_tokens": int(same.sum())}

@@ -1,0 +1,125 @@
+"""4-bit models in Hugging Face transformers: `save_pretrained`, `from_pretrained` and checkpoints of other makers.
+
+    report = scrimp.quantize(model, "gptq", 64, tokens)
+    model.save_pretrained("folder")
+    model, tokenizer = scrimp.load("folder")        # or a folder of a GPTQ, AWQ or compressed-tensors model
+
+Importing this module makes the quantization method "scrimp" known to transformers, so that
+`AutoModelForCausalLM.from_pretrained("folder")` works too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..int4_weight import Int4Checkpoint, open_checkpoint, quantization_config
+from ..methods.int4.layout import describe, describe_model, make_room
+from ..methods.int4.linear import int4_layers
+from ..ops.int4_linear import MODES
+
+NAME = "scrimp"
+
+
+@register_quantization_config(NAME)
+class ScrimpConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model with 4-bit layers.
+
+    Args:
+        version: of this description.
+        mode: arithmetic of the layers, "exact" or "int8".
+        layouts: which layers have which groups, zeros and types.
+    """
+
+    def __init__(self, version: int = 0, mode: str = "exact", layouts: Any = (), **_: Any) -> None:
+        if mode not in MODES:
+            raise ValueError(f"quantization_config: mode={mode!r} must be one of {', '.join(MODES)}")
+        self.quant_method = NAME
+        self.version, self.mode, self.layouts = version, mode, list(layouts)
+
+
+@register_quantizer(NAME)
+class ScrimpQuantizer(HfQuantizer):
+    """Loads and saves models whose layers `scrimp.quantize` made; it does not quantize while loading."""
+
+    requires_calibration = True
+    quantization_config: ScrimpConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        make_room(model, self.quantization_config.to_dict())
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, layer in int4_layers(model):
+            layer.refresh(f"{model.name_or_path or type(model).__name__}: {name}")
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def load(path: str | Path, *, dtype: torch.dtype | str = "auto", mode: str | None = None) -> PreTrainedModel:
+    """A causal language model from a folder of 4-bit weights: scrimp's own, GPTQ, AWQ or compressed-tensors.
+
+    Weights stay 4-bit and keep their values to the bit; nothing of the producers' packages is needed.
+
+    Args:
+        path: folder with config.json and safetensors files.
+        dtype: of everything else; "auto" as the checkpoint says.
+        mode: "exact" or "int8"; by default what the checkpoint says, else "exact".
+
+    Raises:
+        ValueError: files that are damaged or in a layout that is not read, tensors that are missing.
+    """
+    path = Path(path)
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"load: mode={mode!r} must be one of {', '.join(MODES)}")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: there is no config.json; a model folder is needed")
+    checkpoint = open_checkpoint(path)  # checks the headers of all files
+    if (quantization_config(path) or {}).get("quant_method") == NAME:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    else:
+        model, info = _load_foreign(path, checkpoint, dtype)
+    if info["missing_keys"]:
+        raise ValueError(f"{path}: there is no tensor {sorted(info['missing_keys'])[0]!r}")
+    for _, layer in int4_layers(model):
+        layer.mode = mode or layer.mode
+    return model.requires_grad_(False).eval()
+
+
+def _load_foreign(
+    path: Path, checkpoint: Int4Checkpoint, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    weights = {name: checkpoint.weight(name) for name in checkpoint.weights}
+    biases = {name for name in weights if f"{name}.bias" in checkpoint.plain}
+    state: dict[str, Tensor] = {name: checkpoint.tensor(name) for name in checkpoint.plain}
+    for name, weight in weights.items():
+        state |= weight.state_dict(f"{name}.")
+    config.quantization_config = describe({name: (weight, name in biases) for name, weight in weights.items()})
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+
+
+def prepare_to_save(model: PreTrainedModel) -> None:
+    """Writes the 4-bit layers into `model.config`, as `scrimp.quantize` does; call it after changing layers by hand."""
+    model.config.quantization_config = describe_model(model)

@@ -1,0 +1,203 @@
+"""One pass of new rows through a DecoderModel over a KVCache. Nothing here chooses tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ..._registry import OPS
+from ...sparse_plan import SparsePlan
+from ..head_patterns import HeadPatterns
+from .cache import KVCache
+from .model import DecoderLayer, DecoderModel
+
+MAX_ROWS = 64  # rows in all for which every op is row-invariant
+PANEL = 512  # tokens of a panel: a segment of the estimated plans, enough rows for a full-speed matrix product
+
+_rms_norm = OPS["rms_norm"].call
+_rotary_append = OPS["rotary_append"].call
+_tree_attention = OPS["tree_attention"].call
+
+Attend = Callable[[int, DecoderLayer, Tensor, Tensor, Tensor], Tensor]
+
+
+def _layers(
+    model: DecoderModel,
+    x: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    attend: Attend,
+) -> Tensor:
+    """All layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
+    B, T, _ = x.shape
+    cos, sin = model.positions.tables(keys[0].shape[2])
+    D, activation = model.head_dim, model.activation
+    parts = [model.heads, model.kv_heads, model.kv_heads]
+    split = (B, T, sum(parts), D)
+    for i, layer in enumerate(model.layers):
+        q, k, v = layer.qkv(_rms_norm(x, *layer.attention_norm)).view(split).split_with_sizes(parts, 2)
+        if layer.q_norm is not None:
+            q = _rms_norm(q, *layer.q_norm)
+        if layer.k_norm is not None:
+            k = _rms_norm(k, *layer.k_norm)
+        k_cache, v_cache = keys[i], values[i]
+        q = _rotary_append(q, k, v, cos, sin, positions, start, k_cache, v_cache)
+        out = attend(i, layer, q, k_cache, v_cache)
+        x = layer.o(out.transpose(1, 2).flatten(2), x)
+        gate, up = layer.gate_up(_rms_norm(x, *layer.mlp_norm)).chunk(2, -1)
+        x = layer.down(activation(gate, up), x)
+    return x
+
+
+def rows(
+    model: DecoderModel,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    tokens: Tensor,
+    start: Tensor,
+    *,
+    prefix: Tensor | None = None,
+    positions: Tensor | None = None,
+    ancestors: Tensor | None = None,
+) -> Tensor:
+    """T new tokens of each sequence through all layers, row-invariantly; their keys and values enter the cache.
+
+    Args:
+        model: the decoder.
+        keys: for each layer `[B, G, C, D]`; slots start[b] + t are written.
+        values: like `keys`.
+        tokens: int64 `[B, T]`, B T at most 64.
+        start: int32 `[B]`, slot of each sequence's first new token.
+        prefix: int32 `[B]`, tokens that every new one sees; `start` unless given.
+        positions: int32 `[B, T]`; start[b] + t unless given.
+        ancestors: int64 `[1 or B, T]`, which new tokens each one sees (`scrimp.ops.tree_attention`); all up to itself
+            unless given.
+
+    Returns:
+        `[B, T, d]`, the state before the last norm (`logits` takes it).
+    """
+    if positions is None:
+        positions = start[:, None]
+        if tokens.shape[1] > 1:
+            positions = positions + torch.arange(tokens.shape[1], dtype=torch.int32, device=start.device)
+    seen = start if prefix is None else prefix
+    scale = model.scale
+
+    def attend(_: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _tree_attention(q, k, v, seen, ancestors, layer.window, scale)[0]
+
+    return _layers(model, torch.embedding(model.embedding, tokens), positions, start, keys, values, attend)
+
+
+def panel(
+    model: DecoderModel,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    tokens: Tensor,
+    first: int,
+    patterns: HeadPatterns | None = None,
+) -> Tensor:
+    """PANEL tokens `[1, PANEL]` of one sequence from position `first` on, by matrix products; deterministic.
+
+    With `patterns`, layers whose budgets show at most half of the keys attend sparsely.
+    """
+    n, end = tokens.shape[1], first + tokens.shape[1]
+    device, scale = tokens.device, model.scale
+    plans: dict[int, SparsePlan] = {}
+
+    def dense(window: int) -> SparsePlan:
+        if window not in plans:
+            make = SparsePlan.sliding_window(n, window, n_k=end, device=device) if window else None
+            plans[window] = make or SparsePlan.dense(n, end, device=device)
+        return plans[window]
+
+    def attend(i: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[:, :, :end], v[:, :, :end]
+        few = patterns is not None and not layer.window and pays(patterns, i, n, end)
+        plan = patterns.plan(i, q, k, scale) if few and patterns else dense(layer.window)
+        return ops.sparse_attention(q, k, v, plan, scale)[0]
+
+    start = torch.tensor([first], dtype=torch.int32, device=device)
+    positions = torch.arange(first, end, dtype=torch.int32, device=device)[None]
+    return _layers(model, torch.embedding(model.embedding, tokens), positions, start, keys, values, attend)
+
+
+def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:
+    """Whether a layer's budgets show at most half of its keys; a rule of numbers alone, so that runs agree."""
+    ranges, columns = patterns.expected_keys(layer, n_q, n_k)
+    return ranges + columns <= patterns.heads * (n_k - n_q / 2) / 2
+
+
+def logits(model: DecoderModel, state: Tensor) -> Tensor:
+    """Logits `[.., V]` of states `[.., d]` as `rows` and `panel` return them; row-invariant for up to 64 rows."""
+    out: Tensor = model.head(_rms_norm(state, *model.norm))
+    return out
+
+
+@torch.inference_mode()
+def prefill(
+    cache: KVCache, b: int, tokens: Sequence[int], *, panels: bool, patterns: HeadPatterns | None, finish: bool = True
+) -> Tensor | None:
+    """Reads a prompt into sequence `b` and returns the state `[1, 1, d]` of its last token.
+
+    With `panels`, tokens of whole panels of PANEL tokens, counted from position 0, are read by `panel`, the rest by
+    `rows`; without, all by `rows`. Which it is depends on the whole prompt alone: what the cache holds already is kept
+    as far as it was read in the way that this prompt asks for; so is what another sequence holds, which is copied. The
+    state after a prompt is a function of its tokens, however it got there.
+
+    Args:
+        cache: where to read to; tokens after the common prefix are forgotten.
+        b: which sequence.
+        tokens: the whole prompt, from position 0.
+        panels: whether to use panels.
+        patterns: sparse attention in panels.
+        finish: without it, tokens after the last whole panel are left for a later call, and None is returned.
+    """
+    model, how = cache.model, patterns
+    n = len(tokens)
+    grid = n // PANEL * PANEL if panels else 0
+    cache.borrow(b, tokens)
+    done = cache.common(b, tokens)
+    by_panel = cache.panels[b][0] if cache.panels[b][1] is how else 0
+    if by_panel != cache.panels[b][0]:
+        done = 0
+    if by_panel != grid:  # tokens between the two were not read as this prompt asks
+        done = min(done, by_panel, grid)
+    done = min(done, n - 1) if finish else done
+    if done < grid:
+        done = done // PANEL * PANEL
+    cache.keep(b, done)
+    cache.panels[b] = (min(by_panel, done), how)
+    ids = torch.tensor(tokens[done:], dtype=torch.int64, device=model.device)[None]
+    state = None
+    for first, end in spans(done, grid, n if finish or not panels else grid):
+        state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns)
+        cache.tokens[b].extend(tokens[first:end])
+        if end <= grid:
+            cache.panels[b] = (end, how)
+    return None if state is None or not finish else state[:, -1:]
+
+
+def spans(done: int, grid: int, n: int) -> Iterator[tuple[int, int]]:
+    """Pieces [first, end) of the tokens from `done` to `n`: panels up to `grid`, then at most MAX_ROWS at a time."""
+    first = done
+    while first < n:
+        end = first + PANEL if first < grid else min(first + MAX_ROWS, n)
+        yield first, end
+        first = end
+
+
+def advance(
+    cache: KVCache, b: int, tokens: Tensor, first: int, whole: bool, patterns: HeadPatterns | None = None
+) -> Tensor:
+    """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`."""
+    keys, values = cache.of_sequence(b)
+    if whole:
+        return panel(cache.model, keys, values, tokens, first, patterns)
+    start = torch.tensor([first], dtype=torch.int32, device=tokens.device)
+    return rows(cache.model, keys, values, tokens, start)

@@ -1,0 +1,188 @@
+"""The decoding loop: prompts in, one token of every unfinished sequence per step out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import forward
+from .cache import KVCache
+from .model import DecoderModel
+from .sampling import check, choose
+from .settings import Piece, Processor, Reason, Settings
+from .text import TextStream
+
+
+class _Sequence:
+    """One sequence on its way."""
+
+    def __init__(self, number: int, prompt: list[int], room: int, settings: Settings, batch: int, tokenizer: Any):
+        self.number = number
+        self.prompt = prompt
+        self.new: list[int] = []
+        self.limit = min(settings.max_new_tokens, room)
+        self.limit_reason: Reason = "length" if self.limit == settings.max_new_tokens else "context"
+        self.sampling = settings.sampling(number, batch)
+        self.text = None if tokenizer is None else TextStream(tokenizer, prompt, settings.stops)
+        self.reason: Reason | None = None
+
+    def add(self, token: int, ends: dict[int, Reason]) -> Piece:
+        """Takes a new token and decides whether it is the last."""
+        self.new.append(token)
+        text = ""
+        if self.text is not None:
+            text = self.text.push(token)
+            if self.text.stopped:
+                self.reason = "stop"
+        if self.reason is None and token in ends:
+            self.reason = ends[token]
+        if self.reason is None and len(self.new) >= self.limit:
+            self.reason = self.limit_reason
+        if self.reason is not None and self.text is not None:
+            text += self.text.finish()
+        return Piece(self.number, token, text, self.reason)
+
+
+def stream(
+    model: DecoderModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    tokenizer: Any = None,
+    processors: Sequence[Processor] = (),
+    cache: KVCache | None = None,
+) -> Iterator[Piece]:
+    """Pieces as they come; closing the iterator cancels, and leaves the cache with what had been read and fed.
+
+    Raises:
+        ValueError: a prompt that is empty, too long or has unknown ids; settings that do not fit each other.
+        RuntimeError: the cache is in use.
+    """
+    batch = len(prompts)
+    if not 0 < batch <= forward.MAX_ROWS:
+        raise ValueError(f"{batch} sequences at once; from 1 to {forward.MAX_ROWS} can be decoded together")
+    if settings.stops and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer")
+    patterns = settings.patterns
+    if patterns is not None and (patterns.layers, patterns.heads) != (len(model.layers), model.heads):
+        raise ValueError(
+            f"the patterns are for {patterns.layers} layers of {patterns.heads} heads, "
+            f"but the model has {len(model.layers)} layers of {model.heads} heads"
+        )
+    longest = max(len(prompt) for prompt in prompts)
+    if cache is None:
+        cache = KVCache(model, batch, max(1, min(model.context, longest + settings.max_new_tokens)))
+    elif cache.batch != batch:
+        raise ValueError(f"the cache is for {cache.batch} sequences, but there are {batch}")
+    elif not cache.model.is_still(model):
+        raise ValueError("the cache was filled by another model, or its weights have changed since")
+    sequences = []
+    for b, prompt in enumerate(prompts):
+        room = cache.capacity - len(prompt)
+        if not prompt:
+            raise ValueError(f"prompt {b} has no tokens")
+        if room < min(1, settings.max_new_tokens):
+            what = "the model's context" if cache.capacity == model.context else "the cache"
+            raise ValueError(f"prompt {b} has {len(prompt)} tokens, but {what} is of {cache.capacity}")
+        if not 0 <= (bad := min(prompt)) <= (bad := max(prompt)) < model.vocabulary:
+            raise ValueError(f"prompt {b} has token {bad}; ids are below {model.vocabulary}")
+        sequences.append(_Sequence(b, list(prompt), room, settings, batch, tokenizer))
+    return _stream(model, cache, sequences, settings, list(processors))
+
+
+def _stream(
+    model: DecoderModel,
+    cache: KVCache,
+    sequences: list[_Sequence],
+    settings: Settings,
+    processors: list[Processor],
+) -> Iterator[Piece]:
+    ends: dict[int, Reason] = dict.fromkeys(settings.stop_ids, "stop")
+    ends |= {} if settings.ignore_eos else dict.fromkeys(model.eos, "eos")
+    with cache.in_use():
+        states = [_read(cache, sequence, settings) for sequence in sequences]
+        if settings.max_new_tokens == 0:
+            return
+        state = torch.cat(states)  # type: ignore[arg-type]
+        while True:
+            active = [sequence for sequence in sequences if sequence.reason is None]
+            tokens = _next_tokens(model, state, sequences, processors, ends, settings.min_new_tokens)
+            for sequence in active:
+                yield sequence.add(tokens[sequence.number], ends)
+            if all(sequence.reason is not None for sequence in sequences):
+                return
+            state = step(cache, [None if s.reason is not None else s.new[-1] for s in sequences])
+
+
+def _read(cache: KVCache, sequence: _Sequence, settings: Settings) -> Tensor | None:
+    """Reads a prompt, in the pieces that were asked for; the state of its last token."""
+    how = {"panels": settings.prefill == "panels", "patterns": settings.patterns}
+    prompt, b = sequence.prompt, sequence.number
+    for end in range(settings.chunk or len(prompt), len(prompt), settings.chunk or len(prompt)):
+        if end > cache.common(b, prompt):
+            forward.prefill(cache, b, prompt[:end], finish=False, **how)  # type: ignore[arg-type]
+    return forward.prefill(cache, b, prompt, finish=settings.max_new_tokens > 0, **how)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def step(cache: KVCache, tokens: Sequence[int | None]) -> Tensor:
+    """Feeds one token to every sequence and returns their states `[B, 1, d]`.
+
+    A sequence without a token goes along on the scratch slot of the cache: its state means nothing, its rows stay.
+    """
+    model, device = cache.model, cache.model.device
+    lengths = [len(held) for held in cache.tokens]
+    idle = [token is None for token in tokens]
+    ids = torch.tensor([[token or 0] for token in tokens], device=device)
+    slots = [cache.capacity if off else length for off, length in zip(idle, lengths, strict=True)]
+    start = torch.tensor(slots, dtype=torch.int32, device=device)
+    prefix = None
+    if any(idle):
+        seen = [0 if off else length for off, length in zip(idle, lengths, strict=True)]
+        prefix = torch.tensor(seen, dtype=torch.int32, device=device)
+    positions = (start if prefix is None else prefix)[:, None]
+    state = forward.rows(model, cache.keys, cache.values, ids, start, prefix=prefix, positions=positions)
+    for held, token in zip(cache.tokens, tokens, strict=True):
+        if token is not None:
+            held.append(token)
+    return state
+
+
+@torch.inference_mode()
+def _next_tokens(
+    model: DecoderModel,
+    state: Tensor,
+    sequences: Sequence[_Sequence],
+    processors: Sequence[Processor],
+    ends: dict[int, Reason],
+    minimum: int,
+) -> list[int]:
+    """The next token of every sequence; 0 for finished ones."""
+    logits = forward.logits(model, state)[:, 0]
+    plain = not processors and all(s.sampling.temperature == 0 and len(s.new) >= minimum for s in sequences)
+    if plain:
+        values, found = logits.max(-1)
+        tokens: list[int] = found.tolist()
+        for b, value in enumerate(values.tolist()):
+            if sequences[b].reason is None and not value > -math.inf:
+                check(tokens[b], logits[b])
+        return tokens
+    tokens = []
+    for sequence, row in zip(sequences, logits, strict=True):
+        if sequence.reason is not None:
+            tokens.append(0)
+            continue
+        row = row.float()
+        if len(sequence.new) < minimum:
+            row = row.clone()
+            row[[token for token in ends if 0 <= token < len(row)]] = -math.inf
+        if processors:
+            held = torch.tensor([sequence.prompt + sequence.new], device=row.device)
+            for process in processors:
+                row = process(held, row[None])[0]
+        position = len(sequence.prompt) + len(sequence.new)
+        tokens.append(choose(row, position, sequence.sampling))
+    return tokens

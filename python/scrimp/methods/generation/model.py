@@ -1,0 +1,118 @@
+"""DecoderModel: what the decoding loop knows of a model. `huggingface.py` makes one without copying a parameter."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear import Linear
+
+POSITION_BLOCK = 1024
+
+
+class Norm(NamedTuple):
+    """Weight `[d]` and epsilon of a root-mean-square norm."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer: x += o(attention(rotary(qkv(norm(x))))); x += down(activation(gate) * up of norm(x)).
+
+    Attributes:
+        qkv: queries, keys and values side by side, H D + 2 G D outputs.
+        q_norm: of each query head's D numbers before the rotation, or None.
+        k_norm: like `q_norm`, of the keys.
+        gate_up: two equal halves.
+        window: last tokens that a query sees, its own among them; 0 for all.
+    """
+
+    attention_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: Linear
+    mlp_norm: Norm
+    gate_up: Linear
+    down: Linear
+    window: int
+
+
+class Positions:
+    """Rotary cosines and sines of positions 0, 1, ..., computed by the model's own code in blocks, kept and grown.
+
+    Args:
+        compute: int64 positions `[n]` -> cosines and sines fp32 `[n, R]`, each position by itself.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def tables(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of at least `count` positions, each fp32 `[P, R]`."""
+        with self._lock:
+            have = 0 if self._tables is None else self._tables[0].shape[0]
+            blocks = [] if self._tables is None else [self._tables]
+            for first in range(have, max(count, 1), POSITION_BLOCK):
+                blocks.append(self._compute(torch.arange(first, first + POSITION_BLOCK)))
+            if len(blocks) > 1 or self._tables is None:
+                cos, sin = zip(*blocks, strict=True)
+                self._tables = (torch.cat(cos).contiguous(), torch.cat(sin).contiguous())
+            return self._tables
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """A Llama-like decoder.
+
+    Attributes:
+        embedding: `[V, d]`.
+        head: d -> V.
+        activation: (gate, up) -> activation(gate) * up, an op of scrimp.
+        scale: factor of the attention scores.
+        context: positions that the model was made for.
+        eos: token ids that end a text.
+        weights: every parameter and buffer with its address and version, to tell whether they are still the same.
+    """
+
+    name: str
+    embedding: Tensor
+    layers: tuple[DecoderLayer, ...]
+    norm: Norm
+    head: Linear
+    activation: Callable[[Tensor, Tensor], Tensor]
+    positions: Positions
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    context: int
+    eos: tuple[int, ...]
+    weights: tuple[tuple[Tensor, int, int], ...]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.embedding.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def is_still(self, other: DecoderModel) -> bool:
+        """Whether both are views of the same, unchanged weights."""
+        pairs = zip(self.weights, other.weights, strict=False)
+        alike = all(a is b and rest == others for (a, *rest), (b, *others) in pairs)
+        return len(self.weights) == len(other.weights) and alike

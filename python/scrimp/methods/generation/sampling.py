@@ -1,0 +1,146 @@
+"""Choosing a token: filters as in transformers, and noise that depends on (seed, position, token) alone.
+
+A token is drawn as argmax_i(logit_i / temperature + g_i) with Gumbel noise g_i = -log(-log(u_i)) (which draws from the
+softmax), where u_i is a counter-based uniform number: a hash of the sequence's seed, the absolute position and the
+token id. Whatever computes the logits, in whatever batch or chunk, gives the same text; and a method that sees only
+some tokens' logits can still draw the same token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+GAMMA = 0x9E3779B97F4A7C15  # odd, close to 2^64 / golden ratio: the step of splitmix64
+# g < FARTHEST for every u here, and g > NEAREST: a token further behind the best cannot be drawn.
+FARTHEST, NEAREST = 37.5, -3.7
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits.
+
+    Attributes:
+        temperature: 0 takes the largest logit (of equal ones the lowest id); the other fields matter above 0 only.
+        top_k: keep the k largest logits (and equals of the last); 0 keeps all.
+        top_p: then keep the fewest tokens whose probabilities sum to at least top_p.
+        min_p: then keep tokens of at least min_p times the largest probability.
+        seed: of the sequence.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be finite and not negative")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative; 0 keeps all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be from 0 to 1")
+
+
+def mix(value: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniform(seed: int, position: int, tokens: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1), float64, for int64 token ids: `(k + 1/2) / 2^52` of 52 hashed bits.
+
+    The key of (seed, position) is mix(mix(seed) + position GAMMA), the number of a token the top bits of
+    mix(key + (id + 1) GAMMA), all modulo 2^64: splitmix64 entered at the token's place.
+    """
+    key = mix((mix(seed & MASK) + position * GAMMA) & MASK)
+    value = (tokens + 1) * _signed(GAMMA) + _signed(key)
+    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
+    value = value ^ _shifted(value, 31)
+    return (_shifted(value, 12).double() + 0.5) * 2.0**-52
+
+
+def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
+    """The noise of tokens, float64."""
+    return -torch.log(-torch.log(uniform(seed, position, tokens)))
+
+
+def kept(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Ids of the tokens that the filters keep, ascending; logits `[V]` fp32 already divided by the temperature."""
+    ids = torch.arange(logits.shape[0], device=logits.device)
+    if 0 < sampling.top_k < logits.shape[0]:
+        ids = (logits >= logits.topk(sampling.top_k).values[-1]).nonzero().view(-1)
+    if sampling.top_p < 1:
+        ids = _nucleus(logits, ids, sampling.top_p)
+    if sampling.min_p > 0:
+        some = logits[ids]
+        ids = ids[some >= some.max() + math.log(sampling.min_p)]
+    return ids
+
+
+def _nucleus(logits: Tensor, ids: Tensor, top_p: float) -> Tensor:
+    """The fewest of `ids` whose probabilities among `ids` sum to at least top_p; of equal ones the lower id first."""
+    some = logits[ids].double()
+    total = some.logsumexp(0)
+    most = min(1024, ids.numel())
+    while True:
+        low = some.topk(most).values[-1]
+        first = (some >= low).nonzero().view(-1)  # ascending ids, so that the stable sort puts equals in their order
+        order = first[some[first].sort(descending=True, stable=True).indices]
+        before = (some[order] - total).exp().cumsum(0)
+        if before[-1] >= top_p or most == ids.numel():
+            needed = int((before < top_p).sum()) + 1
+            return ids[order[:needed].sort().values]
+        most = min(8 * most, ids.numel())
+
+
+def choose(logits: Tensor, position: int, sampling: Sampling) -> int:
+    """The token for absolute position `position` from logits `[V]`.
+
+    Raises:
+        ValueError: a logit is NaN, or none is finite.
+    """
+    if sampling.temperature == 0:
+        return check(int(logits.argmax()), logits)
+    scaled = logits.float() / sampling.temperature
+    best = float(scaled.max())
+    if not math.isfinite(best):
+        return check(int(logits.argmax()), logits)
+    # Exact: the token of the largest logit has noise of at least NEAREST, another one below FARTHEST.
+    near = scaled >= best - (FARTHEST - NEAREST)
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        ids = kept(scaled, sampling)
+        ids = ids[near[ids]]
+    else:
+        ids = near.nonzero().view(-1)
+    drawn = scaled[ids].double() + gumbel(sampling.seed, position, ids)
+    return int(ids[int(drawn.argmax())])
+
+
+def check(token: int, logits: Tensor) -> int:
+    """The token, if its logit is a number that an argmax may choose."""
+    value = float(logits[token])
+    if value != value:
+        raise ValueError(f"the logit of token {token} is NaN: the model's weights or inputs are broken")
+    if value == -math.inf:
+        raise ValueError("no token is left: logits processors and filters gave all of them minus infinity")
+    return token

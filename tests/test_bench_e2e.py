@@ -1,0 +1,73 @@
+"""The end-to-end rows and the comparison with Hugging Face's greedy text, on a tiny model."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from scrimp.benchmarks import agreement, e2e, measure, registry, rows
+from scrimp.benchmarks.registry import Case
+from transformers import LlamaConfig, LlamaForCausalLM
+
+IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=97, num_key_value_heads=2, initializer_range=0.3)).eval()
+
+
+def test_rows(model: Any) -> None:
+    for batch, peers in ((2, ("hf",)), (1, ("hf", "hf_lookup", "llama"))):
+        problem = e2e.of_model(model, IDS[:batch], 8)
+        case = Case("e2e", "tiny", torch.float32, {"m": batch}, peers, lambda p=problem: p)
+        found = rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0)
+        for row in found:
+            if row["note"].startswith("MISSING"):
+                assert row["peer"] == "llama"
+                assert "pip install llama-cpp-python" in row["note"]
+                continue
+            assert row["note"] == ""
+            assert row["profile"] == "plain"
+            assert row["identical_tokens"] == 8 * batch
+            assert row["perplexity_ratio"] == pytest.approx(1, rel=1e-4)
+            assert row["tokens_per_s"] == pytest.approx(1e3 * 8 * batch / row["ours_ms"], rel=1e-2)
+            assert row["peer_tokens_per_s"] == pytest.approx(1e3 * 8 * batch / row["peer_ms"], rel=1e-2)
+
+
+def test_a_wrong_token_is_seen(model: Any) -> None:
+    problem = e2e.of_model(model, IDS, 8)
+    got = problem.ours()
+    problem.check(got)
+    got[1, 3] = (got[1, 3] + 1) % 97
+    with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
+        problem.check(got)
+
+
+def test_cases_have_names_and_peers() -> None:
+    cases = e2e.cases()
+    assert "e2e" in registry.names()
+    assert len({case.full_name for case in cases}) == len(cases)
+    for peer in {peer for case in cases for peer in case.peers}:
+        assert callable(registry.peer_file(peer).e2e)
+
+
+def test_agreement_with_hugging_face(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = copy.deepcopy(model).double()
+    prompts = [IDS[0, :n].tolist() for n in (1, 5, 12)]
+    assert agreement.compare(model, exact, prompts, 24) == []
+    real = agreement.scrimp.generate
+
+    def wrong(*args: Any, **settings: Any) -> Any:
+        found = real(*args, **settings)
+        found.tokens[7] = (found.tokens[7] + 1) % 97
+        return found
+
+    monkeypatch.setattr(agreement.scrimp, "generate", wrong)
+    (mismatch,) = agreement.compare(model, exact, prompts[:1], 24)
+    assert (mismatch.at, mismatch.near_tie) == (7, False)
+    assert mismatch.our_error < 1e-4
+    tie = agreement.Mismatch(0, 0, 1, 2, margin=1e-6, our_error=8e-7, their_error=9e-7)
+    assert tie.near_tie
