@@ -21,7 +21,7 @@ def tables() -> str:
     """Both tables as Markdown."""
     return _table(
         ["op", "kernels compiled", "spills", "emulated (warp by warp)", "interpreted", "faults caught, equivalent",
-         "useful sector bytes", "bank conflicts"],
+         "useful sector bytes", "bank conflicts", "demands not met"],
         [_op(op) for op in SUBJECTS],
     ) + "\n" + _table(
         ["kernel", "architecture", "configuration", "registers", "shared memory", "resident blocks", "hot loops"],
