@@ -50,7 +50,7 @@ def ready() -> None:
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_kernels_meet_the_demands(op: str) -> None:
     reasons = [reason for record in recomputed(op)
-               for reason in demands.unmet(record, SUBJECTS[op].tensor_kernels.get(record["kernel"]))]  # fmt: skip
+               for reason in demands.unmet(record, SUBJECTS[op].index_loops(record["config"], record["kernel"]))]  # fmt: skip
     assert not reasons, "\n".join(reasons)
 
 
