@@ -6,10 +6,11 @@ program works on one head. The keys of a tile come in three loops, each a softwa
 
     whole pieces    BLOCK_N keys in a row that every query of the block sees: no mask
     edges           what is left of the ranges at their ends and under the diagonal, packed by quarters of a piece
-    columns         BLOCK_N scattered columns, less those inside a range; masked only where some are hidden
+    columns         BLOCK_N scattered columns, less those inside a range, which the list is first marked with
 
 A piece is looked up, not walked to: 32 ranges lie in the lanes of a warp with prefix sums of their pieces, and the
-range that holds piece p is found by one warp-wide sum. So a range may be short without draining the pipeline.
+range that holds piece p is found by one warp-wide sum. So a range may be short without draining the pipeline. D is cut
+into parts of at most PART: with rows no fewer than a part's columns, Triton gives each warp whole rows on sm_80.
 """
 
 import functools
@@ -265,7 +266,7 @@ def sparse_attention_kernel(
             key = tl.load(columns + done + index, mask=index < end, other=0)
             k_parts = _load(k + at * k_n, keep[:, None], D, PART, REST, True)
             v_parts = _load(v + at * v_n, keep[:, None], D, PART, REST, True)
-            index = tl.where(keep, place + n, _HIDDEN)
+            index = tl.where(keep, place + n, _HIDDEN)  # numbers: a mask [M, N] of bits would live through the products
             score = _unhidden(_scores(query, k_parts), index, after, until, FIRST)
             state = _add(score, v_parts, state, scale, True)
 

@@ -41,7 +41,7 @@ struct Tile {
   float* scores;                     // [2, rows, 64]: two blocks of S, then P
   float* rescale;                    // [rows]
   float* staged;                     // [2 * 64, pitch]: values that are not read where they lie
-  float* row_scores;                 // [heads, 64]
+  float* row_scores;                 // [2, heads, 64]: those of one new row in the order of its keys
 };
 
 // Rows of V in the order of their slots, as they lie or as fp32.
@@ -234,7 +234,7 @@ void add_block(const Tile tile, const State& state, const Cache<T>& cache, int64
 template <class T>
 void add_tail(const Tile tile, const TreeAttention& call, const TreeSplit& split, const Cache<T>& cache,
               int64_t position) {
-  const int64_t rows = call.n_rows, rest = split.prefix - position, slots = rest + rows;
+  const int64_t heads = tile.heads, rows = call.n_rows, rest = split.prefix - position, slots = rest + rows;
   const T *keys = cache.k + position * cache.k_stride, *first_values = cache.v + position * cache.v_stride;
   for (int64_t block = 0; block < slots; block += kBlockKeys) {
     const int64_t count = slots - block < kBlockKeys ? slots - block : kBlockKeys;
@@ -250,28 +250,26 @@ void add_tail(const Tile tile, const TreeAttention& call, const TreeSplit& split
 
   const int64_t* words = call.ancestors ? call.ancestors + split.batch * call.ancestors_stride : nullptr;
   for (int64_t t = 0; t < rows; ++t) {
-    uint64_t word = words ? static_cast<uint64_t>(words[t]) : ~uint64_t{0} >> (63 - t);
+    const uint64_t word = words ? static_cast<uint64_t>(words[t]) : ~uint64_t{0} >> (63 - t);
     const int64_t hidden = call.window ? split.prefix + t + 1 - call.window - position : 0;
-    const int64_t begin = hidden > 0 ? hidden : 0, end = rest + __builtin_popcountll(word);
-    int32_t slot[2 * kBlockKeys];  // of each position
+    const int64_t begin = hidden > 0 ? hidden : 0;
+    const float* scores = tile.scores + t * heads * kPitch;
+    memcpy(tile.row_scores, scores, heads * kPitch * sizeof(float));
     const void* values[2 * kBlockKeys];
-    for (int64_t i = 0; i < end; ++i) {
-      slot[i] = static_cast<int32_t>(i < rest ? i : rest + __builtin_ctzll(word));
-      if (i >= rest) word &= word - 1;
-      values[i] = slot_values.row[slot[i]];
+    memcpy(values, slot_values.row, rest * sizeof(void*));
+    int64_t end = rest;
+    for (uint64_t left = word; left != 0; left &= left - 1, ++end) {
+      const int64_t slot = rest + __builtin_ctzll(left);
+      values[end] = slot_values.row[slot];
+      const float* from = scores + slot / kBlockKeys * tile.rows * kPitch + slot % kBlockKeys;
+      float* to = tile.row_scores + end / kBlockKeys * heads * kPitch + end % kBlockKeys;
+      for (int64_t h = 0; h < heads; ++h) to[h * kPitch] = from[h * kPitch];
     }
     for (int64_t block = 0; block < end; block += kBlockKeys) {
-      const int64_t stop = end - block < kBlockKeys ? end - block : kBlockKeys;
-      const int64_t start = begin > block ? begin - block : 0;
-      for (int64_t h = 0; h < tile.heads; ++h) {
-        const float* from = tile.scores + (t * tile.heads + h) * kPitch;
-        float* to = tile.row_scores + h * kPitch;
-        for (int64_t i = start; i < stop; ++i) {
-          const int64_t s = slot[block + i];
-          to[i] = from[s / kBlockKeys * tile.rows * kPitch + s % kBlockKeys];
-        }
-      }
-      add_row<T>(tile, states[block / kBlockKeys], t, tile.row_scores, values + block, slot_values.staged, start, stop);
+      const int64_t start = begin > block ? begin - block : 0,
+                    stop = end - block < kBlockKeys ? end - block : kBlockKeys;
+      add_row<T>(tile, states[block / kBlockKeys], t, tile.row_scores + block * heads, values + block,
+                 slot_values.staged, start, stop);
     }
   }
 }
@@ -288,7 +286,7 @@ void attend(const TreeAttention& call, const TreeSplit& split, float* scratch) {
   tile.keys = scratch;
   tile.staged = tile.keys + D * kPitch;
   tile.row_scores = tile.staged + 2 * kBlockKeys * tile.pitch;
-  tile.scores = tile.row_scores + heads * kPitch;
+  tile.scores = tile.row_scores + 2 * heads * kPitch;
   tile.q = tile.scores + 2 * rows * kPitch;
   tile.rescale = tile.q + rows * D;
 
@@ -357,7 +355,7 @@ void write(const TreeAttention& call, int64_t batch, int64_t group, float* state
 
 int64_t tree_attention_scratch(const TreeAttention& call) {
   const int64_t heads = call.n_heads / call.n_groups, rows = heads * call.n_rows, D = call.head_dim;
-  return (D + heads + 2 * rows) * kPitch + 2 * kBlockKeys * pitch_of(D) + rows * D + rows;
+  return (D + 2 * heads + 2 * rows) * kPitch + 2 * kBlockKeys * pitch_of(D) + rows * D + rows;
 }
 
 int64_t tree_attention_state(const TreeAttention& call) {

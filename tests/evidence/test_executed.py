@@ -44,20 +44,23 @@ def run(op: str, name: str, order: str) -> None:
     results, launches, args = prepare(op, name)
     counters = execute(launches, order)
     SUBJECTS[op].check(results, args)
-    assert_counted(importlib.import_module(f"scrimp.benchmarks.{op}_cost").count(*args), counters)
+    assert_counted(
+        importlib.import_module(f"scrimp.benchmarks.{op}_cost").count(*args), counters, SUBJECTS[op].exact_bytes
+    )
 
 
 # Layouts hold one-dimensional tensors (indices, log-sum-exps) in several warps, each of which loads them.
 REPEATED, REPEATED_BYTES = 1.1, 4096
 
 
-def assert_counted(formula: Count, counters: Sequence[ptx.Counters]) -> None:
+def assert_counted(formula: Count, counters: Sequence[ptx.Counters], exact_bytes: bool) -> None:
     """Bytes up to what is loaded in several warps, tensor-core FLOPs exactly, exponentials up to a quarter."""
     rows = [row for counter in counters for row in counter.rows]
-    asked = sum(row.values["useful"] for row in rows)
-    assert formula.bytes <= asked <= REPEATED * formula.bytes + REPEATED_BYTES
-    touched = sum(high - low for counter in counters for low, high in counter.buffer_ranges.values())
-    assert formula.unique_bytes <= min(formula.bytes, touched)
+    if exact_bytes:
+        asked = sum(row.values["useful"] for row in rows)
+        assert formula.bytes <= asked <= REPEATED * formula.bytes + REPEATED_BYTES
+        touched = sum(high - low for counter in counters for low, high in counter.buffer_ranges.values())
+        assert formula.unique_bytes <= min(formula.bytes, touched)
     products = 0
     for row in rows:
         if found := re.search(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", row.text):

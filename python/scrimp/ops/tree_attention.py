@@ -86,7 +86,7 @@ def reference(
         seen = seen & (tail > row.view(T, 1) - window)
     repeats = H // G if G else 1
     k, v = k_cache.repeat_interleave(repeats, 1), v_cache.repeat_interleave(repeats, 1)
-    v = v.masked_fill(~seen.any(1).view(B, 1, -1, 1), 0)  # slots nobody sees may hold anything
+    v = v.masked_fill(~seen.any(1)[:, None, :, None], 0)  # slots nobody sees may hold anything
     scores = (scale * (q @ k.transpose(2, 3))).masked_fill(~seen.unsqueeze(1), -torch.inf)
     precise = scores.to(torch.promote_types(q.dtype, torch.float32))
     lse = precise.logsumexp(3)

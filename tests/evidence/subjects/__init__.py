@@ -3,7 +3,10 @@
 from .merge_attention import SUBJECT as merge_attention
 from .sparse_attention import SUBJECT as sparse_attention
 from .subject import Case, Mutant, Subject, pairwise
+from .vertical_slash_index import SUBJECT as vertical_slash_index
 
-SUBJECTS: dict[str, Subject] = {subject.op: subject for subject in (merge_attention, sparse_attention)}
+SUBJECTS: dict[str, Subject] = {
+    subject.op: subject for subject in (merge_attention, sparse_attention, vertical_slash_index)
+}
 
 __all__ = ["SUBJECTS", "Case", "Mutant", "Subject", "pairwise"]
