@@ -3,7 +3,7 @@
     python tests/evidence/make_passports.py [--triton FOLDER] [OP ...]
 
 FOLDER holds a second Triton (``pip install --no-deps --target``), which must compile all kernels too. Demands that a
-kernel does not fulfil are written into its passport and into the document. Exit status 1 if there are others than before.
+kernel does not fulfil are written into its passport and into the document. Exit status 1 if there are new ones.
 """
 
 import argparse

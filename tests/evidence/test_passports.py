@@ -49,8 +49,9 @@ def ready() -> None:
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_kernels_meet_the_demands(op: str) -> None:
+    loops = SUBJECTS[op].index_loops
     reasons = [reason for record in recomputed(op)
-               for reason in demands.unmet(record, SUBJECTS[op].tensor_kernels.get(record["kernel"]))]  # fmt: skip
+               for reason in demands.unmet(record, loops(record["config"], record["kernel"]))]  # fmt: skip
     assert not reasons, "\n".join(reasons)
 
 

@@ -55,7 +55,7 @@ def unmet_by_passport(op: str, found: Record) -> list[str]:
     """Of all kernels of a passport and its reference launch; those of another compiler must not spill either."""
     reasons = unmet_by_counters(found["reference"])
     for record in found["kernels"]:
-        reasons += unmet(record, SUBJECTS[op].tensor_kernels.get(record["kernel"]))
+        reasons += unmet(record, SUBJECTS[op].index_loops(record["config"], record["kernel"]))
         for name, theirs in record.items():
             if name.startswith("triton ") and record["arch"] in ARCHES and (theirs["spills"] or theirs["stack"]):
                 reasons.append(f"{record['config']} {record['kernel']} {record['arch']} by {name}: {theirs}")

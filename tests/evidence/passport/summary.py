@@ -52,6 +52,7 @@ def _op(op: str) -> list[str]:
         f"{planted}, {len(subject.mutants) - planted}",
         f"{useful / sectors / 32:.1%}",
         f"{conflicted} of {shared}" if shared else "no shared memory",
+        str(len(passport["unmet"])),
     ]
 
 

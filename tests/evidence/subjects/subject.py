@@ -49,6 +49,7 @@ class Subject:
         tensor_kernels: kernels whose loops must hold tensor-core instructions, only 128-bit or asynchronous global
             loads, and at least two stages; with the number of their loops that may load indices otherwise.
         exact_bytes: whether the formula's bytes are exact; False where passes over memory depend on values.
+        without_tensors: names of those of `shipped` whose products run on no tensor core (fp32 with fp32 precision).
         mutant_case: name of the case the mutants run on.
         mutants: by name.
     """
@@ -64,7 +65,12 @@ class Subject:
     mutants: Mapping[str, Mutant] = field(default_factory=dict)
     defaults: Sequence[str] = ()
     tensor_kernels: Mapping[str, int] = field(default_factory=dict)
+    without_tensors: Sequence[str] = ()
     exact_bytes: bool = True
+
+    def index_loops(self, config: str, kernel: str) -> int | None:
+        """The entry of `tensor_kernels`; None where there is nothing to demand."""
+        return None if config in self.without_tensors else self.tensor_kernels.get(kernel)
 
 
 def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:
