@@ -1,7 +1,7 @@
 """What vertical_slash_index's kernels do: the sampled rows of a few segments meet the keys before them twice.
 
-The search for the best columns reads a segment's scores once a pass; how many passes it needs depends on the scores and
-is taken to be `PASSES`, so that bytes are an estimate where products and exponentials are exact.
+How often the search for the best columns reads a segment's scores depends on them: those of all keys `READS` times, a
+short list of the best `LIST_READS` times. So bytes are an estimate, where products and exponentials are exact.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .roofline import Count, CountedCase
 
-PASSES = 6  # of Gaussian queries and keys, 100 to 1,000 columns of 8K to 64K keys: 1 to 10
-INFINITY = 0x7F800000
+# Means of Gaussian queries and keys, 100 and 1,000 columns of 8K and 64K keys: 2 to 6 reads, then 0 to 9 of the list.
+READS, LIST_READS, LIST = 3, 6, 1.5  # the list holds so many times the columns that are wanted
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,34 @@ def count(*flat: object) -> Count:
     done = Count(bytes=written + 8 * H * min(n_q, 1), unique_bytes=written + 8 * H * min(n_q, 1))
     if not written or not call.max_columns or not call.k.shape[2]:
         return Count(written, written)
+    group_heads, scored = H // call.k.shape[1], 0
     for h, (window, wanted) in enumerate(zip(call.window.tolist(), call.columns.tolist(), strict=True)):
-        for b in range(B):
-            done += count_head(call, b, h, window, min(wanted, call.max_columns))
-    return done
+        limit = call.low(n_q - 1, window) if wanted else 0
+        scored += B * (limit > 0)
+        for _ in range(B):
+            done += count_head(call, window, min(wanted, call.max_columns))
+        if h % group_heads == 0:  # all keys that some head of the group meets, once
+            some = any(
+                c and call.low(n_q - 1, w)
+                for w, c in zip(
+                    call.window[h : h + group_heads].tolist(), call.columns[h : h + group_heads].tolist(), strict=True
+                )
+            )
+            seen = min(max(n_q + call.q_offset, 0), call.k.shape[2]) * some
+            done += Count(0, B * seen * call.q.shape[3] * call.k.element_size())
+    return done + workspaces(call, scored)
 
 
-def count_head(call: Call, b: int, h: int, window: int, wanted: int) -> Count:
-    """Of the columns of one head."""
+def workspaces(call: Call, scored: int) -> Count:
+    """What the scores of all programs take, and all keys: programs of all heads run at the same time."""
+    _, rows, samples = call.tile
+    together, n_k = rows // samples, call.k.shape[2]
+    scores = 4 * together * n_k * min(call.programs, scored * cdiv(call.segments, together))
+    return Count(0, scores, resident_bytes=scores + call.k.numel() * call.k.element_size() if scored else 0)
+
+
+def count_head(call: Call, window: int, wanted: int) -> Count:
+    """Of the columns of one head of one sequence."""
     keys, rows, samples = call.tile
     together, D, size = rows // samples, call.q.shape[3], call.q.element_size()
     done = Count(0, 0)
@@ -114,11 +134,12 @@ def count_head(call: Call, b: int, h: int, window: int, wanted: int) -> Count:
 
 
 def count_choices(call: Call, members: range, limit: int, wanted: int, window: int) -> Count:
-    """Of the search for the best columns of some segments: `PASSES` over the scores, then the columns and slices."""
+    """Of the search for the best columns of some segments, the columns and the slices."""
     chosen = min(wanted, limit)
-    read = sum(4 * max(call.low(call.stop(s) - 1, window) - call.sinks, 0) * PASSES for s in members)
+    read = sum(4 * max(call.low(call.stop(s) - 1, window) - call.sinks, 0) * READS for s in members)
     tiles = cdiv(call.segment, call.q_block)
-    written = len(members) * (4 * chosen * (2 + tiles) + 8 * tiles)
+    listed = int(LIST * chosen) * (8 + 4 * LIST_READS + 8)  # bits and keys are written, searched, and read to be copied
+    written = len(members) * (listed + 4 * chosen * (1 + cdiv(tiles, 16)) + 8 * tiles)
     return Count(bytes=read + written, unique_bytes=0)
 
 
