@@ -257,8 +257,8 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.split() == ["sdpa", "ready"] for line in lines)
 
 
-def test_every_op_has_cases_of_its_own_name() -> None:
-    assert set(registry.ops()) == set(OPS)
+def test_every_op_with_a_kernel_has_cases_of_its_own_name() -> None:
+    assert set(registry.ops()) == {op for op in OPS if scrimp.implementations(op)}
     for op in registry.ops():
         cases = registry.case_file(op).cases()
         assert len({case.full_name for case in cases}) == len(cases)
