@@ -31,7 +31,7 @@ from scrimp.benchmarks.registry import Case, Peer, Problem, Work
 from scrimp.benchmarks.results import Row
 from torch import Tensor
 
-from scrimp import cli
+from scrimp import cli, implementations
 from scrimp._registry import OPS
 
 ORIGIN = ["cpu", "isa", "versions", "commit"]
@@ -258,7 +258,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_op_with_a_kernel_has_cases_of_its_own_name() -> None:
-    assert set(registry.ops()) == {op for op in OPS if scrimp.implementations(op)}
+    assert set(registry.ops()) == {op for op in OPS if implementations(op)}
     for op in registry.ops():
         cases = registry.case_file(op).cases()
         assert len({case.full_name for case in cases}) == len(cases)
