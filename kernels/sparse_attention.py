@@ -70,21 +70,30 @@ def _unhidden(score, key, first, last, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _add(score, v, state, scale, MASKED: tl.constexpr):
-    """One step of the online softmax: scores [M, N], parts of v [N, D], state (maxima, totals and sums so far)."""
+def _add(score, v, state, scale):
+    """One step of the online softmax: scores [M, N], parts of v [N, D], state (maxima, totals and sums so far).
+
+    Maxima are finite from the start, so hidden scores (-inf) weigh 0 in rows without any key, too.
+    """
     top, total, sums = state
     high = tl.maximum(top, tl.max(score, 1) * scale)
-    base = high
-    if MASKED:
-        base = tl.where(high == -float("inf"), 0.0, high)  # a row without any key so far: 2^(-inf - 0) = 0
-    weight = tl.exp2(tl.fma(score, scale, -base[:, None]))
-    past = tl.exp2(top - base)
+    weight = tl.exp2(tl.fma(score, scale, -high[:, None]))
+    past = tl.exp2(top - high)
     total = total * past + tl.sum(weight, 1)
     weight = weight.to(v[0].dtype)
     updated = ()
     for i in tl.static_range(len(v)):
         updated = updated + (tl.dot(weight, v[i], sums[i] * past[:, None], input_precision="ieee"),)
     return high, total, updated
+
+
+@triton.jit
+def _total(bits):
+    """How many of bits [R, 32] are set; the last sum is over the lanes of a warp, which all of them are known to share.
+
+    So loops up to it are known to be the same for all threads, and ptxas makes no second copy of their shuffles.
+    """
+    return tl.sum(tl.sum(bits.to(tl.int32), 0), 0)
 
 
 @triton.jit
@@ -114,10 +123,10 @@ def _columns_to_keep(columns, count, ranges, n_ranges, low, safe_low, safe_high,
         start = tl.load(ranges + 2 * ended, mask=ended < n_ranges, other=_HIDDEN)
         keep = (column >= low) & (column < high) & (column < start)
         words |= tl.sum(keep.to(tl.int32) << bit, 0)
-        begin += tl.sum(tl.sum((column < low).to(tl.int32), 1), 0)
-        safe_begin += tl.sum(tl.sum((column < safe_low).to(tl.int32), 1), 0)
-        safe_end += tl.sum(tl.sum((column < safe_high).to(tl.int32), 1), 0)
-        end += tl.sum(tl.sum((column < high).to(tl.int32), 1), 0)
+        begin += _total(column < low)
+        safe_begin += _total(column < safe_low)
+        safe_end += _total(column < safe_high)
+        end += _total(column < high)
     return words, begin, safe_begin, safe_end, end
 
 
@@ -191,7 +200,7 @@ def sparse_attention_kernel(
         zeros = zeros + (tl.zeros((BLOCK_M, PART), tl.float32),)
     if REST:
         zeros = zeros + (tl.zeros((BLOCK_M, REST), tl.float32),)
-    state = (tl.full((BLOCK_M,), -float("inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32), zeros)
+    state = (tl.full((BLOCK_M,), -3e38, tl.float32), tl.zeros((BLOCK_M,), tl.float32), zeros)
 
     for done in tl.range(0, n_ranges, 32, num_stages=1):
         # Each lane's range: [start, stop) is seen by some row, its pieces [whole, rest) by all rows.
@@ -212,7 +221,7 @@ def sparse_attention_kernel(
             at = (tl.sum(tl.where(mine, base, 0), 0) + piece * BLOCK_N).to(tl.int64)
             k_parts = _load(k + at * k_n + (n * k_n)[:, None], True, D, PART, REST, False)
             v_parts = _load(v + at * v_n + (n * v_n)[:, None], True, D, PART, REST, False)
-            state = _add(_scores(query, k_parts), v_parts, state, scale, False)
+            state = _add(_scores(query, k_parts), v_parts, state, scale)
 
         EDGE: tl.constexpr = BLOCK_N // 4
         heads = tl.cdiv(whole - start, EDGE)
@@ -235,9 +244,9 @@ def sparse_attention_kernel(
             k_parts = _load(k + at * k_n, seen, D, PART, REST, True)
             v_parts = _load(v + at * v_n, seen, D, PART, REST, True)
             score = _unhidden(_scores(query, k_parts), key, first, last, FIRST)
-            state = _add(score, v_parts, state, scale, True)
+            state = _add(score, v_parts, state, scale)
 
-    for done in tl.range(0, n_columns, 1024, num_stages=1):
+    for done in tl.range(0, n_columns, 1024, num_stages=1, disable_licm=True):  # one round as a rule: registers
         words, begin, safe_begin, safe_end, end = _columns_to_keep(
             columns + done, n_columns - done, ranges, n_ranges, low, safe_low, safe_high, high
         )
@@ -268,7 +277,7 @@ def sparse_attention_kernel(
             v_parts = _load(v + at * v_n, keep[:, None], D, PART, REST, True)
             index = tl.where(keep, place + n, _HIDDEN)  # numbers: a mask [M, N] of bits would live through the products
             score = _unhidden(_scores(query, k_parts), index, after, until, FIRST)
-            state = _add(score, v_parts, state, scale, True)
+            state = _add(score, v_parts, state, scale)
 
     top, total, sums = state
     inverse = tl.where(total > 0, 1.0 / total, 0.0)
