@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, cdiv, unit_last_stride
-from .tuning import config
 
 
 @triton.jit
@@ -38,9 +37,9 @@ def store_gated(activated, up, to, inside):
 
 
 def gate_launches(
-    op: str, kernel: Any, gate: Tensor, up: Tensor, constants: Mapping[str, Any]
+    op: str, kernel: Any, gate: Tensor, up: Tensor, chosen: Mapping[str, int], constants: Mapping[str, Any]
 ) -> tuple[Tensor, list[Launch]]:
-    """The result, still unwritten, and what writes it."""
+    """The result, still unwritten, and what writes it in the `chosen` configuration."""
     if gate.dtype == torch.float64:
         raise ValueError(f"{op}: gate is float64; on a GPU it must be float32, bfloat16 or float16")
     out = gate.new_empty(gate.shape)
@@ -50,7 +49,6 @@ def gate_launches(
         gate, up = gate.view(1, -1), up.view(1, -1)  # one long row
     gate, up = (unit_last_stride(x).flatten(0, -2) if x.dim() > 1 else x.view(1, -1) for x in (gate, up))
     rows, N = gate.shape
-    chosen = config(op, gate.device, elements=out.numel())
     launch = Launch(
         kernel,
         grid=(rows * cdiv(N, chosen["BLOCK"]), 1, 1),

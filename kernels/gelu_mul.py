@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .gate import block_of_row, gate_launches, store_gated, times_logistic
 from .launch import Launch
+from .tuning import config
 
 
 @triton.jit
@@ -42,4 +43,5 @@ def gelu_mul_kernel(gate, up, out, gate_m, up_m, N, TANH: tl.constexpr, BLOCK: t
 
 def launches(gate: Tensor, up: Tensor, tanh: bool) -> tuple[Tensor, list[Launch]]:
     """The result, still unwritten, and what writes it."""
-    return gate_launches("gelu_mul", gelu_mul_kernel, gate, up, {"TANH": tanh})
+    chosen = config("gelu_mul", gate.device, elements=max(gate.numel(), 1))
+    return gate_launches("gelu_mul", gelu_mul_kernel, gate, up, chosen, {"TANH": tanh})

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .gate import block_of_row, gate_launches, store_gated, times_logistic
 from .launch import Launch
+from .tuning import config
 
 
 @triton.jit
@@ -18,4 +19,5 @@ def silu_mul_kernel(gate, up, out, gate_m, up_m, N, BLOCK: tl.constexpr):
 
 def launches(gate: Tensor, up: Tensor) -> tuple[Tensor, list[Launch]]:
     """The result, still unwritten, and what writes it."""
-    return gate_launches("silu_mul", silu_mul_kernel, gate, up, {})
+    chosen = config("silu_mul", gate.device, elements=max(gate.numel(), 1))
+    return gate_launches("silu_mul", silu_mul_kernel, gate, up, chosen, {})
