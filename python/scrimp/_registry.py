@@ -144,13 +144,15 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
     """Every implementation of op `name` that runs on this machine beside the reference.
 
     The callables take the op's flat arguments. C++ kernels appear once per instruction set ("cpu-avx2"), those of a GPU
-    as "cuda-c++" and "cuda-triton"; the latter move their arguments to the GPU and the results back to the CPU.
+    as "cuda-c++" and "cuda-triton"; the latter move their arguments to the GPU, and back what
+    they return and write.
 
     >>> import scrimp
     >>> "reference" in scrimp.implementations("merge_attention")
     False
     """
     op = _find(name)
+    schema = getattr(torch.ops.scrimp, name).default._schema
 
     def on_isa(isa: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -162,7 +164,11 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
     def on_gpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             moved = tree_map_only(torch.Tensor, torch.Tensor.cuda, args)
-            return tree_map_only(torch.Tensor, torch.Tensor.cpu, kernel(*moved))
+            results = tree_map_only(torch.Tensor, torch.Tensor.cpu, kernel(*moved))
+            for argument, mine, theirs in zip(schema.arguments, args, moved, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    mine.copy_(theirs)
+            return results
 
         return run
 

@@ -31,10 +31,10 @@ class Run:
     counters: tuple[ptx.Counters, ...]
 
 
-def run(op: str, order: str, mutant: Mutant | None = None) -> Run:
+def run(op: str, order: str, mutant: Mutant | None = None, case: str = "") -> Run:
     subject = SUBJECTS[op]
     torch.manual_seed(0)
-    args = subject.cases[subject.mutant_case]()
+    args = subject.cases[case or (mutant.case if mutant else "") or subject.mutant_case]()
     results, launches = importlib.import_module(f"scrimp.kernels.{op}").launches(*args)
     tensors = tuple(v for launch in launches for v in launch.args.values() if isinstance(v, torch.Tensor))
     change = {} if mutant is None or mutant.change is str else {mutant.kernel: mutant.change}
@@ -51,9 +51,9 @@ def run(op: str, order: str, mutant: Mutant | None = None) -> Run:
 
 
 @functools.cache
-def sound(op: str, order: str) -> Run:
+def sound(op: str, order: str, case: str = "") -> Run:
     """The kernels without a fault."""
-    return run(op, order)
+    return run(op, order, case=case)
 
 
 @pytest.mark.parametrize("op", SUBJECTS)
@@ -72,8 +72,9 @@ def test_there_are_ten_of_every_kernel(op: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_the_kernels_themselves_are_fine(op: str, order: str) -> None:
-    assert sound(op, order).outcome == "fine"
-    assert sum(c.unwaited_copies for c in sound(op, order).counters) == 0
+    for case in {mutant.case for mutant in SUBJECTS[op].mutants.values()}:
+        assert sound(op, order, case).outcome == "fine"
+        assert sum(c.unwaited_copies for c in sound(op, order, case).counters) == 0
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -87,7 +88,8 @@ def test_planted_fault(op: str, name: str, order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("op", "name"), EQUIVALENT)
 def test_equivalent_mutant(op: str, name: str, order: str) -> None:
-    before, after = sound(op, order), run(op, order, SUBJECTS[op].mutants[name])
+    mutant = SUBJECTS[op].mutants[name]
+    before, after = sound(op, order, mutant.case), run(op, order, mutant)
     assert after.outcome == "fine"
     for mine, theirs in zip(before.tensors, after.tensors, strict=True):
         assert torch.equal(bits(mine), bits(theirs))

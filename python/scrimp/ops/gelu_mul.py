@@ -35,7 +35,7 @@ def gelu_mul(gate: Tensor, up: Tensor, tanh: bool = True) -> Tensor:
     An element's bits depend on its two operands alone.
 
     Args:
-        gate: `[..., N]` fp32 or bf16; any strides, such as half of one linear's output.
+        gate: `[..., N]` fp32, bf16 or (on GPUs) fp16; any strides, such as half of one linear's output.
         up: like `gate`.
         tanh: the approximation by tanh (`gelu_pytorch_tanh`), else erf.
 

@@ -45,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     A row's bits do not depend on the other rows, their number or the threads.
 
     Args:
-        x: `[..., K]` fp32 or bf16; any strides.
+        x: `[..., K]` fp32, bf16 or (on GPUs) fp16; any strides.
         weight: `[K]`, dtype of `x`.
         eps: added to the mean square.
 

@@ -111,7 +111,7 @@ def rotary_append(
     computed in fp32 and rounded once.
 
     Args:
-        q: `[B, T, H, D]` fp32 or bf16; any strides, such as a view of one linear's output.
+        q: `[B, T, H, D]` fp32, bf16 or (on GPUs) fp16; any strides, such as a view of one linear's output.
         k: `[B, T, G, D]`, dtype of `q`; any strides.
         v: like `k`.
         cos: `[P, R]` fp32, R even and at most D.
@@ -127,6 +127,9 @@ def rotary_append(
     Raises:
         ValueError: a shape, device or dtype that does not fit, with the value.
         RuntimeError: slots or positions out of range (ValueError by the reference); nothing has been written then.
+
+    A GPU does not wait for the host to look at values: there a token whose slot is out of range is not written to the
+    cache, and a position out of range is taken for the nearest row of `cos` and `sin`.
 
     Source: Su et al. (2104.09864), halves as in transformers' apply_rotary_pos_emb.
 

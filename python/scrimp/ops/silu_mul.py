@@ -34,7 +34,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     An element's bits depend on its two operands alone (torch's own silu changes with the number of rows).
 
     Args:
-        gate: `[..., N]` fp32 or bf16; any strides, such as half of one linear's output.
+        gate: `[..., N]` fp32, bf16 or (on GPUs) fp16; any strides, such as half of one linear's output.
         up: like `gate`.
 
     Returns:

@@ -67,8 +67,11 @@ def digest(text: str) -> str:
 
 
 def sources(op: str) -> dict[str, str]:
-    """A hash of every file of the op's kernels, whatever their comments and layout."""
+    """A hash of every file of the op's kernels, whatever their comments and layout, and of jitted code they import."""
     found = {f"kernels/{op}.py": _jitted(ROOT / "kernels" / f"{op}.py")}
+    for name in re.findall(r"^from \.(\w+) import", (ROOT / "kernels" / f"{op}.py").read_text(), re.M):
+        if "@triton.jit" in (path := ROOT / "kernels" / f"{name}.py").read_text():
+            found[f"kernels/{name}.py"] = _jitted(path)
     if has_cuda(op):
         for path in sorted((ROOT / "csrc" / "cuda").glob(f"{op}.cu*")):
             bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.S)

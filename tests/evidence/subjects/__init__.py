@@ -1,12 +1,19 @@
 """The ops whose GPU kernels are held up by evidence. A new op adds a file here and its line to `SUBJECTS`."""
 
+from .gelu_mul import SUBJECT as gelu_mul
 from .merge_attention import SUBJECT as merge_attention
+from .rms_norm import SUBJECT as rms_norm
+from .rotary_append import SUBJECT as rotary_append
+from .silu_mul import SUBJECT as silu_mul
 from .sparse_attention import SUBJECT as sparse_attention
 from .subject import Case, Mutant, Subject, pairwise
 from .vertical_slash_index import SUBJECT as vertical_slash_index
 
 SUBJECTS: dict[str, Subject] = {
-    subject.op: subject for subject in (merge_attention, sparse_attention, vertical_slash_index)
-}
+    subject.op: subject
+    for subject in (
+        gelu_mul, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention, vertical_slash_index
+    )
+}  # fmt: skip
 
 __all__ = ["SUBJECTS", "Case", "Mutant", "Subject", "pairwise"]

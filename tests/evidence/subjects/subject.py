@@ -24,13 +24,15 @@ class Mutant:
     `kernel` names the kernel; `change` maps its PTX to the faulty one (and must change it). `caught_by` are the kinds
     of fault that may catch it ("value" is a wrong result); empty where it is equivalent on the mutant case, which the
     test then shows: same results, same address ranges, same copies in flight. `short` instead makes a buffer end
-    early: argument name to the number of bytes it lacks, with `change` left as it is.
+    early: argument name to the number of bytes it lacks, with `change` left as it is. `case` names the case on which
+    it is run where that is not the subject's `mutant_case`.
     """
 
     kernel: str
     change: Callable[[str], str] = str
     caught_by: frozenset[str] = frozenset()
     short: Mapping[str, int] = field(default_factory=dict)
+    case: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Subject:
             loads, and at least two stages; with the number of their loops that may load indices otherwise.
         exact_bytes: whether the formula's bytes are exact; False where passes over memory depend on values.
         without_tensors: names of those of `shipped` whose products run on no tensor core (fp32 with fp32 precision).
-        mutant_case: name of the case the mutants run on.
+        mutant_case: name of the case the mutants run on, unless they name another.
         mutants: by name.
     """
 

@@ -1,6 +1,7 @@
 """Evidence of vertical_slash_index."""
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -23,12 +24,18 @@ def make(
     """`shape` is (n_q, n_k, q_offset). Heads differ in their budgets: every third has half of it, every third none.
 
     Scores are random, `separated` by 3 % and more so that rounding cannot exchange them, all `equal`, or separated with
-    a `wild` key and a wild row that are not finite.
+    a `wild` key and a wild row that are not finite. `tempted`: random, but each sampled row meets, right behind its
+    causal end, a key that would leave no weight to any other.
     """
     n_q, n_k, q_offset = shape
     q, k = torch.randn(batch, heads, n_q, head_dim), torch.randn(batch, groups, n_k, head_dim)
     if kind == "equal":
         k = torch.ones_like(k)
+    elif kind == "tempted":
+        q[..., :32], k[..., :32] = 0, 0  # a dimension for each sampled row and its key
+        rows = sampled(n_q, segment, samples)
+        q[..., rows, range(len(rows))] = 64
+        k[..., [row + q_offset + 1 for row in rows], range(len(rows))] = 64
     elif kind != "random":
         q, k = torch.zeros_like(q), torch.zeros_like(k)
         q[..., 0] = 1
@@ -41,8 +48,15 @@ def make(
     budgets = [torch.tensor(x, dtype=torch.int32) for x in (widths, counts)]
     if strided:
         q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-    scale = max(head_dim, 1) ** -0.5 if kind in ("random", "equal") else 1.0
+    scale = max(head_dim, 1) ** -0.5 if kind in ("random", "equal", "tempted") else 1.0
     return (q.to(dtype), k.to(dtype), *budgets, most, sinks, segment, samples, q_block, q_offset, scale)
+
+
+def sampled(n_q: int, segment: int, samples: int) -> list[int]:
+    """The rows that are scored."""
+    step = segment // samples
+    starts = range(0, n_q, segment)
+    return [min(row, n_q - 1) for s in starts for row in range(s + step - 1, min(s + segment, n_q) + step - 1, step)]
 
 
 def rounding(at: dict[str, Any]) -> float:
@@ -139,9 +153,11 @@ def case(**changes: Any) -> Case:
     return functools.partial(make, **base | changes)
 
 
+TEMPTED = "a forbidden key behind each row"
 EMULATED = cases(interpreted=False) | {
     "more samples than rows": case(),
     "not finite": case(samples=4, kind="wild"),
+    TEMPTED: case(samples=4, kind="tempted", shape=(200, 240, 30)),
     "not finite, more samples than rows": case(kind="wild"),
     # The configuration of many segments: four of them in 64 rows of a tile.
     "many segments": case(
@@ -176,6 +192,11 @@ def line(words: str, pattern: str, index: int | None, replacement: str, *caught_
     return planted(at_line(MAIN, words, pattern, index, replacement), *caught_by)
 
 
+def tempted(change: Change) -> Mutant:
+    """A fault of which only a key behind the causal end tells."""
+    return Mutant(MAIN_NAME, change, frozenset({"value"}), case=TEMPTED)
+
+
 def small(words: str, pattern: str, replacement: str, *caught_by: str) -> Mutant:
     change = at_line(SMALL, words, pattern, 0, replacement)
     return Mutant("vertical_slash_ranges_kernel", change, frozenset(caught_by))
@@ -189,6 +210,18 @@ MUTANTS = {
     "operand A of the last product swapped": planted(nth(MMA_A, -1, SWAPPED), "value"),
     **{f"operand B of product {k} swapped": planted(nth(MMA_B, k, SWAPPED), "value") for k in (0, -1)},
     **{f"last shuffle over {new}": planted(shuffle(-1, old, new), "value") for old, new in ((16, 8), (8, 4), (2, 1))},
+    "a key behind the end in the first pass": tempted(
+        at_line(MAIN, "(start + n)[:, None] < end", r"setp\.lt\.s32", None, "setp.le.s32")
+    ),
+    "no end in the first pass": tempted(
+        at_line(
+            MAIN, "if start + BLOCK_K > least_end", r"setp\.le\.s32(\s+%p\d+, %r\d+), %r\d+;", 0,
+            r"setp.le.s32\1, 2147483647;",
+        )
+    ),
+    "ends one too far": tempted(
+        lambda text: re.sub(r"(max\.s64[^;]*, -1;\s+add\.s64[^;]*), 1;", r"\1, 2;", text)
+    ),
     "sinks scored": line("(key >= sinks)[:, None]", r"setp\.ge\.s32", 0, "setp.gt.s32", "value"),
     "window scored": line("(key >= sinks)[:, None]", r"setp\.lt\.s32", None, "setp.le.s32", "value"),
     "no exponential of the gap": line(
