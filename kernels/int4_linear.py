@@ -26,6 +26,7 @@ from .tuning import config
 ROWS_INVARIANT = 64  # up to so many rows a row's result is bitwise the same
 SLICES = 4  # sums by block number modulo SLICES; the number of warps of such a launch
 EXACT, INT8 = 0, 1  # modes
+ROWS_AS_THEY_ARE = 16  # up to so many rows of 16 bits are not worth a kernel that makes their order better
 BLOCKS_OF_INPUTS = 8  # that a program of the small kernel makes
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -41,12 +42,18 @@ def int4_linear_inputs_kernel(
     x, permutation, made, scale, x_m, M, K, blocks,
     MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """made [PARTS, M, blocks, BLOCK] of x [M, K], zeros behind K; scale [blocks, M], if x is to be scaled."""
+    """made [PARTS, M, blocks, BLOCK] of x [M, K], zeros behind K; scale [blocks, M], if x is to be scaled.
+
+    A thread of the large kernel holds EIGHTS times eight columns of a row. The first eight of each of the LANES threads
+    come first, so that what they load together is one piece.
+    """
+    LANES: tl.constexpr = min(BLOCK // 8, 4)
+    EIGHTS: tl.constexpr = BLOCK // 8 // LANES
     tiles = tl.cdiv(blocks, BLOCKS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     block = tl.program_id(0) % tiles * BLOCKS + tl.arange(0, BLOCKS)
     k = tl.arange(0, BLOCK)[None, :]
-    column = block[:, None] * BLOCK + k
+    column = block[:, None] * BLOCK + (k // 8 % LANES * EIGHTS + k // 8 // LANES) * 8 + k % 8
     inside = column < K
     if permutation is not None:
         column = tl.load(permutation + column, mask=inside, other=0)
@@ -78,19 +85,29 @@ def int4_linear_inputs_kernel(
 
 
 @triton.jit
-def _words(qweight, n, rows, block, pitch, bytes_of_row, seen, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """int32 [S, N, BLOCK / 8] of blocks [S] and rows n [N]; zeros where rows or columns end."""
-    word = tl.arange(0, BLOCK // 8)[None, None, :]
+def _words(
+    qweight, first_n, N, first, blocks, pitch, bytes_of_row, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """int32 [SLICES, BLOCK_N, BLOCK / 8] of the blocks from `first` and the rows from `first_n`; zeros past the ends.
+
+    Loaded as two dimensions, so that rows are neighbours in shared memory and no two of them meet in a bank.
+    """
+    i = tl.arange(0, SLICES * BLOCK_N)[:, None]
+    word = tl.arange(0, BLOCK // 8)[None, :]
+    n, block = first_n + i % BLOCK_N, first + i // BLOCK_N
+    there = (n < N) & (block < blocks)
+    n = n.to(tl.int64)
     if ALIGNED:
-        at = (n[None, :, None] * pitch + block[:, None, None]) * (BLOCK // 8) + word
-        return tl.load(qweight + at, mask=rows[None, :, None] & seen[:, None, None], other=0)
-    first = block[:, None, None] * (BLOCK // 2) + 4 * word
-    words = tl.zeros((block.shape[0], n.shape[0], BLOCK // 8), tl.int32)
-    for byte in tl.static_range(4):
-        there = rows[None, :, None] & (first + byte < bytes_of_row)
-        code = tl.load(qweight + n[None, :, None] * bytes_of_row + first + byte, mask=there, other=0)
-        words |= code.to(tl.int32) << 8 * byte
-    return words
+        words = tl.load(qweight + (n * pitch + block) * (BLOCK // 8) + word, mask=there, other=0)
+    else:
+        at = block * (BLOCK // 2) + 4 * word
+        words = tl.zeros((SLICES * BLOCK_N, BLOCK // 8), tl.int32)
+        for byte in tl.static_range(4):
+            inside = there & (at + byte < bytes_of_row)
+            code = tl.load(qweight + n * bytes_of_row + at + byte, mask=inside, other=0)
+            words |= code.to(tl.int32) << 8 * byte
+    return tl.reshape(words, [SLICES, BLOCK_N, BLOCK // 8])
 
 
 @triton.jit
@@ -106,20 +123,31 @@ def _halves(words, BLOCK: tl.constexpr, MASK: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _ordered(x):
-    """[S, M, BLOCK] -> [S, BLOCK, M] with columns in the order of `_halves`."""
-    S: tl.constexpr = x.shape[0]
-    M: tl.constexpr = x.shape[1]
-    BLOCK: tl.constexpr = x.shape[2]
+def _inputs(
+    x, x_m, first_m, M, first, blocks, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr,
+    ORDERED: tl.constexpr,
+):  # fmt: skip
+    """x [SLICES, BLOCK, BLOCK_M] of the blocks from `first` and the rows from `first_m`, columns as in `_halves`.
+
+    Loaded as [slice and eight and row and lane, 8]: the eights of a row's lanes, then rows, are neighbours in shared
+    memory.
+    """
     LANES: tl.constexpr = min(BLOCK // 8, 4)
-    x = tl.reshape(x, [S, M, LANES, BLOCK // 8 // LANES, 2, 4])
-    return tl.reshape(tl.permute(x, (0, 5, 3, 2, 4, 1)), [S, BLOCK, M])
+    EIGHTS: tl.constexpr = BLOCK // 8 // LANES
+    i = tl.arange(0, SLICES * EIGHTS * BLOCK_M * LANES)[:, None]
+    lane, m, eight = i % LANES, first_m + i // LANES % BLOCK_M, i // (LANES * BLOCK_M) % EIGHTS
+    block = first + i // (LANES * BLOCK_M * EIGHTS)
+    column = (eight * LANES + lane) * 8 if ORDERED else (lane * EIGHTS + eight) * 8
+    at = m.to(tl.int64) * x_m + block * BLOCK + column + tl.arange(0, 8)[None, :]
+    eights = tl.load(x + at, mask=(m < M) & (block < blocks), other=0.0)
+    eights = tl.reshape(eights, [SLICES, EIGHTS, BLOCK_M, LANES, 2, 4])
+    return tl.reshape(tl.permute(eights, (0, 5, 1, 3, 4, 2)), [SLICES, BLOCK, BLOCK_M])
 
 
 @triton.jit
 def _codes(words, zero, ZERO: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """q, or q less an integer zero, as DTYPE [S, N, BLOCK]; all exact."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         q = _halves(words, BLOCK, 0x000F000F, 0x43004300).to(tl.bfloat16, bitcast=True)
         base = tl.full(q.shape, 136.0 if ZERO == 0 else 128.0, tl.bfloat16)
     else:
@@ -157,25 +185,26 @@ def int4_linear_kernel(
     x, qweight, scales, zeros, codebook, x_scale, bias, out,
     x_m, x_part, M, N, blocks, pitch, bytes_of_row, scales_of_row,
     MODE: tl.constexpr, ZERO: tl.constexpr, BOOK: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ORDERED: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] of x [PARTS, M, blocks, BLOCK] and the codes; x_scale [blocks, M]."""
     tiles = tl.cdiv(M, BLOCK_M)
-    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_n = tl.program_id(0) // tiles * BLOCK_N
+    first_m = tl.program_id(0) % tiles * BLOCK_M
+    n, m = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, BLOCK_M)
     rows, tokens = n < N, m < M
     n, m = n.to(tl.int64), m.to(tl.int64)
     DTYPE: tl.constexpr = x.dtype.element_ty
-    x_row = x + (m * x_m)[None, :, None] + tl.arange(0, BLOCK)[None, None, :]
     scale_row = n * scales_of_row * SLICES if EVEN and not PER_CHANNEL else n * scales_of_row
     if BOOK == 3:
         book_scale, book_back = _book_scale(codebook)
     total = _flat(tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32))
     for first in tl.range(0, blocks, SLICES, num_stages=STAGES):
         block = first + tl.arange(0, SLICES)
-        seen = tl.full((SLICES,), 1, tl.int1) if EVEN else block < blocks
-        words = _words(qweight, n, rows, block, pitch, bytes_of_row, seen, BLOCK, ALIGNED)
+        end = first + SLICES if EVEN else blocks  # so that nothing is compared where all blocks are there
+        seen = block < end
+        words = _words(qweight, first_n, N, first, end, pitch, bytes_of_row, BLOCK_N, SLICES, BLOCK, ALIGNED)
         at = scale_row[None, :, None]
         if not PER_CHANNEL:
             at += block[:, None, None]
@@ -198,8 +227,8 @@ def int4_linear_kernel(
                     entry -= entry.to(DTYPE).to(tl.float32)
         inputs = ()
         for part in tl.static_range(PARTS):
-            at = x_row + part * x_part + block[:, None, None] * BLOCK
-            inputs = inputs + (_flat(_ordered(tl.load(at, mask=tokens[None, :, None] & seen[:, None, None], other=0.0))),)
+            one = _inputs(x + part * x_part, x_m, first_m, M, first, end, BLOCK_M, SLICES, BLOCK, ORDERED)
+            inputs = inputs + (_flat(one),)
         # The small parts first; those whose product is below the last bit are left out.
         d = tl.zeros_like(total)
         for sum_of_parts in tl.static_range(max(PARTS, BOOK) - 1, -1, -1):
@@ -268,7 +297,8 @@ def launches(
     parts = 3 if mode == EXACT and x.dtype == torch.float32 else 1
     made: list[Launch] = []
     x_scale = None
-    if scaled or permutation is not None or K % block:
+    ordered = scaled or permutation is not None or K % block != 0 or M > ROWS_AS_THEY_ARE
+    if ordered:
         inputs = x.new_empty(parts, M, blocks * block, dtype=torch.float16 if scaled else x.dtype)
         x_scale = x.new_empty(blocks, M, dtype=torch.float32) if scaled else None
         made.append(
@@ -301,8 +331,9 @@ def launches(
         },
         constants={
             "MODE": mode, "ZERO": zero_kind, "BOOK": book, "PARTS": parts, "BLOCK": block,
-            "ALIGNED": aligned, "EVEN": even, "PER_CHANNEL": per_channel, "BLOCK_N": chosen["BLOCK_N"],
-            "BLOCK_M": chosen["BLOCK_M"], "SLICES": slices, "STAGES": chosen["num_stages"],
+            "ORDERED": ordered, "ALIGNED": aligned, "EVEN": even, "PER_CHANNEL": per_channel,
+            "BLOCK_N": chosen["BLOCK_N"], "BLOCK_M": chosen["BLOCK_M"], "SLICES": slices,
+            "STAGES": chosen["num_stages"],
         },
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
