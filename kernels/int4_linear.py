@@ -40,7 +40,7 @@ def _rounded(a, b):
 @triton.jit(do_not_specialize=["M", "K", "blocks"])
 def int4_linear_inputs_kernel(
     x, permutation, made, scale, x_m, M, K, blocks,
-    MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """made [PARTS, M, blocks, BLOCK] of x [M, K], zeros behind K; scale [blocks, M], if x is to be scaled.
 
@@ -52,14 +52,16 @@ def int4_linear_inputs_kernel(
     tiles = tl.cdiv(blocks, BLOCKS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     block = tl.program_id(0) % tiles * BLOCKS + tl.arange(0, BLOCKS)
-    k = tl.arange(0, BLOCK)[None, :]
-    column = block[:, None] * BLOCK + (k // 8 % LANES * EIGHTS + k // 8 // LANES) * 8 + k % 8
-    inside = column < K
+    i = tl.arange(0, BLOCKS * LANES * EIGHTS)[:, None]
+    eight = i % LANES * EIGHTS + i // LANES % EIGHTS
+    of = tl.program_id(0) % tiles * BLOCKS + i // (LANES * EIGHTS)
+    column = of * BLOCK + eight * 8 + tl.arange(0, 8)[None, :]
+    inside = of < blocks if WHOLE else column < K
     if permutation is not None:
         column = tl.load(permutation + column, mask=inside, other=0)
-    value = tl.load(x + m * x_m + column, mask=inside, other=0.0)
+    value = tl.reshape(tl.load(x + m * x_m + column, mask=inside, other=0.0), [BLOCKS, BLOCK])
     real = block < blocks
-    to = made + (m * blocks + block)[:, None] * BLOCK + k
+    to = made + (m * blocks + block)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     if scale is not None:
         value = value.to(tl.float32)
         largest = tl.max(tl.abs(value), 1)
@@ -291,13 +293,13 @@ def launches(
     if not N or not M:
         return out, []
     block = group_size if group_size in (16, 32, 64, 128) else 128
-    blocks = cdiv(K, block)
+    blocks, aligned = cdiv(K, block), K % block == 0
     book = 0 if codebook is None else 1 if codebook.dtype == torch.int8 else 3
     scaled = mode == INT8 or x.dtype == torch.float32 or book == 3
     parts = 3 if mode == EXACT and x.dtype == torch.float32 else 1
     made: list[Launch] = []
     x_scale = None
-    ordered = scaled or permutation is not None or K % block != 0 or M > ROWS_AS_THEY_ARE
+    ordered = scaled or permutation is not None or not aligned or M > ROWS_AS_THEY_ARE
     if ordered:
         inputs = x.new_empty(parts, M, blocks * block, dtype=torch.float16 if scaled else x.dtype)
         x_scale = x.new_empty(blocks, M, dtype=torch.float32) if scaled else None
@@ -309,7 +311,9 @@ def launches(
                     "x": rows, "permutation": permutation, "made": inputs, "scale": x_scale,
                     "x_m": rows.stride(0), "M": M, "K": K, "blocks": blocks,
                 },
-                constants={"MODE": mode, "BLOCK": block, "BLOCKS": BLOCKS_OF_INPUTS, "PARTS": parts},
+                constants={
+                    "MODE": mode, "BLOCK": block, "BLOCKS": BLOCKS_OF_INPUTS, "PARTS": parts, "WHOLE": aligned,
+                },
                 num_warps=4,
             )
         )  # fmt: skip
@@ -317,7 +321,6 @@ def launches(
         inputs = rows[None]
     slices = SLICES if mode == EXACT and M <= ROWS_INVARIANT else 1
     chosen = config("int4_linear", x.device, rows=M, outputs=N, slices=slices)
-    aligned = K % block == 0
     even, per_channel = blocks % slices == 0, group_size == K
     groups = scales.shape[1]
     launch = Launch(
