@@ -147,15 +147,15 @@ def _inputs(
 
 
 @triton.jit
-def _codes(words, zero, ZERO: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """q, or q less an integer zero, as DTYPE [S, N, BLOCK]; all exact."""
+def _codes(words, ZERO: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """q, or q - 8 where there are no zeros, as DTYPE [S, N, BLOCK]: exact."""
     if tl.bfloat16 == DTYPE:
         q = _halves(words, BLOCK, 0x000F000F, 0x43004300).to(tl.bfloat16, bitcast=True)
         base = tl.full(q.shape, 136.0 if ZERO == 0 else 128.0, tl.bfloat16)
     else:
         q = _halves(words, BLOCK, 0x000F000F, 0x64006400).to(tl.float16, bitcast=True)
         base = tl.full(q.shape, 1032.0 if ZERO == 0 else 1024.0, tl.float16)
-    return q - base - zero.to(DTYPE) if ZERO == 1 else q - base
+    return q - base
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def _flat(tile):
 @triton.jit
 def _int8_term(d, ones, s, z, a, ZERO: tl.constexpr):
     """A block's share of int8 mode, each operation rounded by itself."""
-    if ZERO == 2:
+    if ZERO == 1 or ZERO == 2:
         d -= _rounded(z, ones)
     if ZERO == 3:
         return _rounded(_rounded(d, s) + _rounded(z, ones), a)
@@ -214,9 +214,9 @@ def int4_linear_kernel(
         s = _flat(tl.load(scales + at, mask=there, other=0.0).to(tl.float32))
         z = 0
         if ZERO > 0:
-            z = tl.load(zeros + at, mask=there, other=0)
+            z = _flat(tl.load(zeros + at, mask=there, other=0).to(tl.float32))
         if BOOK == 0:
-            weights = (_flat(_codes(words, z, ZERO, BLOCK, DTYPE)),)
+            weights = (_flat(_codes(words, ZERO, BLOCK, DTYPE)),)
         else:
             entry = tl.load(codebook + (_halves(words, BLOCK, 0x000F000F, 0) & 15))
             if BOOK == 1:
@@ -238,8 +238,7 @@ def int4_linear_kernel(
                 if sum_of_parts - part >= 0 and sum_of_parts - part < len(weights):
                     d = tl.dot(weights[sum_of_parts - part], inputs[part], d)
         ones = d
-        if ZERO >= 2:
-            z = _flat(z.to(tl.float32))
+        if ZERO > 0:  # a zero meets the sum of the inputs, which is a product of them, too: summed in one order
             ones = tl.zeros_like(total)
             for part in tl.static_range(PARTS - 1, -1, -1):
                 ones = tl.dot(tl.full(weights[0].shape, 1.0, DTYPE), inputs[part], ones)
@@ -255,7 +254,7 @@ def int4_linear_kernel(
         if MODE == 1:
             total += _int8_term(d, ones, s, z, a, ZERO)
         else:
-            if ZERO == 2:
+            if ZERO == 1 or ZERO == 2:
                 d = tl.fma(tl.broadcast_to(-z, total.shape), ones, d)
             if ZERO == 3:
                 total = tl.fma(tl.broadcast_to(z, total.shape), ones, total)
