@@ -319,7 +319,7 @@ def launches(
     else:
         inputs = rows[None]
     slices = SLICES if mode == EXACT and M <= ROWS_INVARIANT else 1
-    chosen = config("int4_linear", x.device, rows=M, outputs=N, slices=slices)
+    chosen = config("int4_linear", x.device, rows=M, slices=slices, parts=max(parts, book))
     even, per_channel = blocks % slices == 0, group_size == K
     groups = scales.shape[1]
     launch = Launch(
