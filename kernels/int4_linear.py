@@ -229,7 +229,9 @@ def int4_linear_kernel(
                     entry -= entry.to(DTYPE).to(tl.float32)
         inputs = ()
         for part in tl.static_range(PARTS):
-            one = _inputs(x + part * x_part, x_m, first_m, M, first, end, BLOCK_M, SLICES, BLOCK, ORDERED)
+            one = _inputs(
+                x + tl.full((), part, tl.int64) * x_part, x_m, first_m, M, first, end, BLOCK_M, SLICES, BLOCK, ORDERED
+            )
             inputs = inputs + (_flat(one),)
         # The small parts first; those whose product is below the last bit are left out.
         d = tl.zeros_like(total)
@@ -292,13 +294,18 @@ def launches(
     if not N or not M:
         return out, []
     block = group_size if group_size in (16, 32, 64, 128) else 128
-    blocks, aligned = cdiv(K, block), K % block == 0
+    qweight, scales = qweight.contiguous(), scales.contiguous()
+    zeros, codebook, permutation, bias = (
+        None if tensor is None else tensor.contiguous() for tensor in (zeros, codebook, permutation, bias)
+    )
+    blocks, whole = cdiv(K, block), K % block == 0
+    aligned = whole and K > 0 and qweight.storage_offset() % 4 == 0  # so that the bytes of a row are words
     book = 0 if codebook is None else 1 if codebook.dtype == torch.int8 else 3
     scaled = mode == INT8 or x.dtype == torch.float32 or book == 3
     parts = 3 if mode == EXACT and x.dtype == torch.float32 else 1
     made: list[Launch] = []
     x_scale = None
-    ordered = scaled or permutation is not None or not aligned or M > ROWS_AS_THEY_ARE
+    ordered = scaled or permutation is not None or not whole or M > ROWS_AS_THEY_ARE
     if ordered:
         inputs = x.new_empty(parts, M, blocks * block, dtype=torch.float16 if scaled else x.dtype)
         x_scale = x.new_empty(blocks, M, dtype=torch.float32) if scaled else None
@@ -311,7 +318,7 @@ def launches(
                     "x_m": rows.stride(0), "M": M, "K": K, "blocks": blocks,
                 },
                 constants={
-                    "MODE": mode, "BLOCK": block, "BLOCKS": BLOCKS_OF_INPUTS, "PARTS": parts, "WHOLE": aligned,
+                    "MODE": mode, "BLOCK": block, "BLOCKS": BLOCKS_OF_INPUTS, "PARTS": parts, "WHOLE": whole,
                 },
                 num_warps=4,
             )
