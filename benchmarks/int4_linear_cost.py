@@ -1,0 +1,76 @@
+"""What int4_linear's kernels do: codes once for every tile of rows, inputs once for every tile of outputs."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from scrimp.kernels.int4_linear import launches
+from scrimp.kernels.launch import Launch, cdiv
+from torch import Tensor
+
+from .roofline import Count, CountedCase
+
+# name: outputs, inputs; matrices of an 8B and of a 70B model
+SHAPES = {"o": (4096, 4096), "up": (14336, 4096), "large": (28672, 8192)}
+ROWS = (1, 8, 16, 64, 2048)
+
+
+def size(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def count(*flat: Any) -> Count:
+    """Of one call. What a codebook is looked up for is left out: it depends on the codes."""
+    out, made = launches(*flat)
+    x, qweight, scales, zeros, codebook, permutation, bias = flat[:7]
+    total = Count(0, size(qweight, scales, zeros, codebook, permutation, bias, out))
+    for launch in made:
+        args = launch.args
+        if launch.kernel.__name__ == "int4_linear_inputs_kernel":
+            written = size(args["made"], args["scale"])
+            index = 0 if permutation is None else args["M"] * size(permutation)
+            read = args["M"] * args["K"] * x.element_size()
+            total += Count(read + index + written, size(x) + written)
+        else:
+            total += products(launch, 0 if len(made) > 1 else size(x))
+    return total
+
+
+def products(launch: Launch, inputs: int) -> Count:
+    """Of the large kernel; `inputs` are bytes that no other kernel touches."""
+    args, constants = launch.args, launch.constants
+    M, N, block = args["M"], args["N"], constants["BLOCK"]
+    across, down = cdiv(M, constants["BLOCK_M"]), cdiv(N, constants["BLOCK_N"])
+    blocks, parts = args["blocks"], constants["PARTS"]
+    of_block = sum(args[name].element_size() for name in ("scales", "zeros") if args[name] is not None)
+    moved = across * (size(args["qweight"], args["bias"]) + N * blocks * of_block)
+    moved += down * (M * blocks * block * parts * args["x"].element_size() + size(args["x_scale"])) + size(args["out"])
+    pairs = sum(i + j < max(parts, constants["BOOK"]) for i in range(parts) for j in range(max(constants["BOOK"], 1)))
+    if constants["BOOK"] == 1:
+        pairs = parts
+    rounds = cdiv(blocks, constants["SLICES"]) * constants["SLICES"]
+    tile = constants["BLOCK_M"] * constants["BLOCK_N"] * block
+    return Count(
+        bytes=moved,
+        unique_bytes=inputs,
+        flops_issued=2 * across * down * rounds * tile * (pairs + (parts if constants["ZERO"] else 0)),
+        flops_useful=2 * M * N * min(2 * args["bytes_of_row"], blocks * block),
+        resident_bytes=size(args["x"]) if across == 1 else size(args["x"], args["qweight"]),
+    )
+
+
+def cases() -> list[CountedCase]:
+    """Groups of 128 without zeros, bf16."""
+    return list(_cases())
+
+
+def _cases() -> Iterator[CountedCase]:
+    for name, (N, K) in SHAPES.items():
+        for M in ROWS:
+            x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+            qweight = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
+            scales = torch.empty(N, K // 128, dtype=torch.float16, device="meta")
+            flat = (x, qweight, scales, None, None, None, None, 128, 0, 0)
+            fields = {"m": M, "n": N, "k": K, "group_size": 128, "mode": "exact"}
+            yield CountedCase(f"{name}-{M}", "bf16", partial(count, *flat), fields)
