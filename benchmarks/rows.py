@@ -11,14 +11,13 @@ from scrimp.doctor import cpu_model
 
 from . import environment, measure, registry
 from .measure import Limits, Probe, Samples
-from .registry import Call, Case, Problem
+from .registry import Case, Peer, Problem
 from .results import Row
 
 FAILURES = ("WRONG", "FAILS")
 NUMBERS = ["ours_ms", "peer_ms", "ratio", "ratio_p20", "ratio_p80", "limit_fraction"]
 NUMBERS += ["pairs", "gemm_gflops", "stream_gb_s"]
 SELF_STANDING = 0.95  # a comparison with ourselves counts from this fraction of the standard's speed
-SAME_RMS = 0.02  # relative root mean square by which a peer that claims our results may differ
 
 
 def measured(cases: Sequence[Case], counts: Sequence[int], budget_s: float) -> Iterator[list[Row]]:
@@ -36,8 +35,10 @@ def measured(cases: Sequence[Case], counts: Sequence[int], budget_s: float) -> I
 
 def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float) -> list[Row]:
     """One row per peer at the current thread count. Where a check fails, the numbers are None and `note` says why."""
-    calls, notes, extra = prepared(case, problem)
-    samples = measure.interleave(problem.ours, calls, probes, budget_s) if calls else Samples()
+    ready, notes, extra = prepared(case, problem)
+    calls = {name: peer.call for name, peer in ready.items()}
+    apart = [name for name, peer in ready.items() if peer.own_threads and torch.get_num_threads() > 1]
+    samples = measure.interleave(problem.ours, calls, probes, budget_s, apart) if calls else Samples()
     limits = measure.limits(probes, samples) if calls else None
     for peer in calls:
         if registry.is_self(peer) and problem.standard in calls:
@@ -57,52 +58,52 @@ def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float
     return rows
 
 
-def prepared(case: Case, problem: Problem) -> tuple[dict[str, Call], dict[str, str], dict[str, Row]]:
-    """The peers' warm calls, a note for every peer (empty, or why it has no call), and fields of its own."""
-    calls: dict[str, Call] = {}
+def prepared(case: Case, problem: Problem) -> tuple[dict[str, Peer], dict[str, str], dict[str, Row]]:
+    """The peers that are warm, a note for every peer (empty, or why it has no call), and fields of its own."""
+    ready: dict[str, Peer] = {}
     extra: dict[str, Row] = {}
     try:
         expected = problem.ours()
         problem.check(expected)
     except AssertionError as error:
-        return calls, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
+        return ready, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
     except Exception as error:
-        return calls, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
+        return ready, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
     measure.warm_up(problem.ours)
     notes = {}
     for peer in case.peers:
         try:
-            notes[peer] = _prepare(peer, case.op, problem, expected, calls, extra)
+            notes[peer] = _prepare(peer, case.op, problem, expected, ready, extra)
         except Exception as error:
             notes[peer] = f"FAILS: {type(error).__name__}: {_line(error)}"
-    return calls, notes, extra
+    return ready, notes, extra
 
 
-def _prepare(peer: str, op: str, problem: Problem, expected: Any, calls: dict[str, Call], extra: dict[str, Row]) -> str:
-    """Puts the peer's call into `calls` and its fields into `extra`, or returns why there is none."""
+def _prepare(peer: str, op: str, problem: Problem, expected: Any, ready: dict[str, Peer], extra: dict[str, Row]) -> str:
+    """Puts the peer into `ready` and its fields into `extra`, or returns why there is none."""
     if registry.is_self(peer):
-        found = registry.Peer(problem.own[peer], same=False)
+        found = Peer(problem.own[peer], same=False)
     else:
         file = registry.peer_file(peer)
         if (reason := file.available()) is not None:
             return f"MISSING: {reason}"
         found = getattr(file, op)(*problem.inputs)
     result = found.call()
-    if found.same and (fault := difference(result, expected)):
+    if found.same and (fault := difference(result, expected, found.within)):
         return f"WRONG: {peer} computes something else: {fault}"
     extra[peer] = found.fields((expected, result))
     measure.warm_up(found.call)
-    calls[peer] = found.call
+    ready[peer] = found
     return ""
 
 
-def difference(got: Any, expected: Any) -> str:
+def difference(got: Any, expected: Any, within: float) -> str:
     """How a peer's first result differs from our first one by more than rounding; empty if it does not."""
     mine, theirs = (x if isinstance(x, Tensor) else x[0] for x in (expected, got))
     if mine.shape != theirs.shape:
         return f"shape {list(theirs.shape)}, ours {list(mine.shape)}"
     error = ((theirs.float() - mine.float()).norm() / mine.float().norm().clamp(min=1e-30)).item()
-    return "" if error <= SAME_RMS else f"relative error {error:.2g}"
+    return "" if error <= within else f"relative error {error:.2g}"
 
 
 def figures(peer: str, samples: Samples, limits: Limits | None, problem: Problem) -> Row:
