@@ -72,7 +72,7 @@ $(VENV)/.built: $(VENV)/.installed $(shell find csrc -type f)
 	@touch $@
 
 $(VENV)/.asan: $(VENV)/.deps setup.py $(shell find csrc python kernels benchmarks -type f -name '*.*')
-	SCRIMP_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/asan-base --build-lib build/asan
+	SCRIMP_SANITIZE=address,undefined SCRIMP_EMULATE_VNNI=1 $(PY) setup.py -q build --build-base build/asan-base --build-lib build/asan
 	@touch $@
 
 .PHONY: help setup demo test test-asan evidence lint format setup-peers bench wheel clean

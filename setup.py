@@ -7,7 +7,8 @@
 
 Adding an op adds files there and nothing here. Environment: SCRIMP_NO_EXT=1 installs without compiling,
 SCRIMP_CUDA=1 insists on the CUDA kernels and SCRIMP_CUDA=0 leaves them out (by default they are compiled where torch
-has CUDA and nvcc is found), SCRIMP_SANITIZE=address,undefined builds with sanitizers, CXX and MAX_JOBS as usual.
+has CUDA and nvcc is found), SCRIMP_SANITIZE=address,undefined builds with sanitizers, SCRIMP_EMULATE_VNNI=1 lets the
+kernels for VNNI do its instruction in software, CXX and MAX_JOBS as usual.
 """
 
 import os
@@ -26,10 +27,12 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 NO_EXT = os.environ.get("SCRIMP_NO_EXT") == "1"
 SANITIZE = os.environ.get("SCRIMP_SANITIZE", "")
+EMULATE_VNNI = os.environ.get("SCRIMP_EMULATE_VNNI") == "1"
 
 # Oldest torch whose stable ABI the binary uses: 2.10.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
 FLAGS = ["-std=c++20", "-O1" if SANITIZE else "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-DSCRIMP_EMULATE_VNNI"] if EMULATE_VNNI else []
 # The same PTX serves sm_80, sm_86 and sm_89; PTX for compute_90 serves what comes after sm_90.
 CUDA_FLAGS = [
     "-std=c++20",
@@ -43,7 +46,8 @@ ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-    ISA_FLAGS |= {"avx2": avx2, "avx512": avx2 + avx512}
+    vnni = ["-DSCRIMP_VNNI", *([] if EMULATE_VNNI else ["-mavx512vnni"])]
+    ISA_FLAGS |= {"avx2": avx2, "avx512": avx2 + avx512, "avx512vnni": avx2 + avx512 + vnni}
 
 
 def find_cuda() -> tuple[str, str] | None:

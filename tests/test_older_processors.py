@@ -9,7 +9,7 @@ import pytest
 
 QEMU = shutil.which("qemu-x86_64")
 CODE = """
-import torch, scrimp
+import torch, scrimp, scrimp.testing
 from scrimp._registry import OPS
 from scrimp.testing import assert_matches_oracle
 torch.set_num_threads(1)
@@ -24,6 +24,11 @@ assert_matches_oracle(state, OPS["sparse_attention"].reference, *args)
 assert_matches_oracle(OPS["merge_attention"].call(*state, *state), OPS["merge_attention"].reference, *state, *state)
 layers = (torch.randn(9, 70), [torch.randn(33, 70), torch.randn(3, 70)], [None, torch.randn(3)], None)
 assert_matches_oracle(OPS["linear"].call(*layers), OPS["linear"].reference, *layers)
+weight = scrimp.testing.random_int4_weight(33, 96, kind="uint8")
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for mode in (0, 1):
+        args = (torch.randn(3, 96).to(dtype), *weight.tensors().values(), None, 32, 1, mode)
+        assert_matches_oracle(OPS["int4_linear"].call(*args), OPS["int4_linear"].reference, *args)
 x, weight, start = torch.randn(5, 70), torch.randn(70), torch.tensor([600], dtype=torch.int32)
 heads, table = torch.randn(1, 3, 2, 24), torch.rand(9, 16)
 caches = torch.zeros(1, 2, 700, 24), torch.ones(1, 2, 700, 24)

@@ -23,11 +23,15 @@ Isa isa();
   }                                \
   namespace scrimp::avx512 {       \
   __VA_ARGS__;                     \
+  }                                \
+  namespace scrimp::avx512vnni {   \
+  __VA_ARGS__;                     \
   }
-#define SCRIMP_KERNEL(name)                                          \
-  (::scrimp::isa() == ::scrimp::Isa::avx512 ? ::scrimp::avx512::name \
-   : ::scrimp::isa() == ::scrimp::Isa::avx2 ? ::scrimp::avx2::name   \
-                                            : ::scrimp::portable::name)
+#define SCRIMP_KERNEL(name)                                                  \
+  (::scrimp::isa() == ::scrimp::Isa::avx512vnni ? ::scrimp::avx512vnni::name \
+   : ::scrimp::isa() == ::scrimp::Isa::avx512   ? ::scrimp::avx512::name     \
+   : ::scrimp::isa() == ::scrimp::Isa::avx2     ? ::scrimp::avx2::name       \
+                                                : ::scrimp::portable::name)
 #else
 #define SCRIMP_DECLARE_KERNEL(...) \
   namespace scrimp::portable {     \

@@ -40,6 +40,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct Float16 {
+  uint16_t bits;
+};
+
 // ---- memory: any alignment ----
 
 SCRIMP_INLINE Vec load(const float* p) {
@@ -61,6 +65,27 @@ SCRIMP_INLINE Vec load(const BFloat16* p) {
   return (Vec)((BitsVec)wide << 16);
 }
 
+SCRIMP_INLINE Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  HalfVec half;
+  memcpy(&half, p, sizeof half);
+  const BitsVec bits = __builtin_convertvector(half, BitsVec), sign = (bits & 0x8000) << 16;
+  const Vec finite = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
+  return (Vec)(((bits & 0x7c00) == 0x7c00 ? (bits & 0x3ff) << 13 | 0x7f800000 : (BitsVec)finite) | sign);
+#endif
+}
+
+SCRIMP_INLINE Vec load(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+}
+
 SCRIMP_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
 // Rounded to bf16, to nearest even, in the upper half of each lane; a NaN stays a NaN. The lower half is not zero.
@@ -72,6 +97,24 @@ SCRIMP_INLINE BitsVec round_bits(Vec x) {
 SCRIMP_INLINE void store(BFloat16* p, Vec x) {
   const HalfVec half = __builtin_convertvector(round_bits(x) >> 16, HalfVec);
   memcpy(p, &half, sizeof half);
+}
+
+// Rounded to nearest even.
+SCRIMP_INLINE void store(Float16* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const BitsVec bits = (BitsVec)x & 0x7fffffff, sign = (BitsVec)x >> 16 & 0x8000;
+  const BitsVec normal = (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13;
+  const BitsVec small = (BitsVec)((Vec)bits + 0.5f) - 0x3f000000;  // below 2^-14: steps of 2^-24
+  BitsVec half = bits < 0x38800000u ? small : normal;
+  half = bits >= 0x47800000u ? (BitsVec{} + 0x7c00) : half;
+  half = bits > 0x7f800000u ? (BitsVec{} + 0x7e00) : half;
+  const HalfVec packed = __builtin_convertvector(half | sign, HalfVec);
+  memcpy(p, &packed, sizeof packed);
+#endif
 }
 
 // x rounded to what a T holds.

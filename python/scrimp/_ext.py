@@ -1,6 +1,6 @@
 """The compiled modules: loads them, keeps the reason where one is missing, and chooses the instruction set.
 
-`SCRIMP_ISA=portable|avx2|avx512` asks for a path of the CPU kernels; one that cannot be had is an error.
+`SCRIMP_ISA=portable|avx2|avx512|avx512vnni` asks for a path of the CPU kernels; one that cannot be had is an error.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 
 _library = torch.library.Library("scrimp", "FRAGMENT")
 _library.define("_set_isa(int isa) -> int")

@@ -1,0 +1,69 @@
+// int4_linear on the CPU: what the driver hands to the kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+
+namespace scrimp {
+
+constexpr int64_t kInt4Chunk = 128;     // columns that are unpacked together: 64 bytes of a row of codes
+constexpr int64_t kInt4Panel = 64;      // outputs that are computed together
+constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
+constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
+constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch
+
+enum class FloatType : int { fp32, bf16, fp16 };
+enum class Int4Zeros : int { none, shift, offset };  // c[q] s, (q - z) s, q s + z
+
+// Rows of x made ready for `int4_panel`. A block is min(group, 128) columns; columns behind the last one are zeros.
+struct Int4Rows {
+  int64_t rows, columns, block;
+  float* values;     // exact: [chunk][row][128]
+  int8_t* integers;  // int8: [chunk][row][128], of eight columns first the even ones
+  float* sums;       // [block][row]: of the values or integers
+  float* scales;     // int8: [block][row]
+  int32_t* starts;   // int8: [block][row]: what a sum of products starts from, -center * sums
+  int32_t center;    // the code that stands for zero, where it is the same for all
+  bool int8;
+};
+
+// One row to be packed as number `row`.
+struct Int4Row {
+  const Int4Rows* to;
+  int64_t row;
+  const void* x;
+  FloatType type;
+  const int32_t* permutation;  // [columns], or null
+  float* scratch;              // [columns rounded up to chunks]
+};
+
+// Up to kInt4Panel outputs for all rows.
+struct Int4Panel {
+  const Int4Rows* x;
+  int64_t outputs;
+  const uint8_t* codes;  // [outputs][columns / 2]
+  int64_t codes_stride;  // bytes
+  const uint8_t* codes_end;
+  const uint8_t* next;  // codes of the panel that this thread is likely to need next
+  int64_t group;
+  const void *scales, *zeros;  // [outputs][groups]; zeros may be null
+  const void *scales_end, *zeros_end;
+  FloatType scale_type;
+  bool byte_zeros;
+  Int4Zeros kind;
+  const void* codebook;  // fp32 [16] in exact mode, int8 [16] in int8 mode, or null
+  const void* bias;      // [outputs], or null
+  void* out;             // [rows][outputs]
+  int64_t out_stride;    // elements
+  FloatType type;        // of bias and out
+  float* scratch;        // int4_scratch(rows) floats
+};
+
+// Floats of a panel's scratch: unpacked codes, scales, zeros, sums.
+inline int64_t int4_scratch(int64_t rows) { return kInt4Panel * (kInt4Chunk + 2 * kInt4Groups + rows); }
+
+}  // namespace scrimp
+
+// int4_pack packs one row of x, int4_panel multiplies all rows with a panel of the weight.
+SCRIMP_DECLARE_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))

@@ -1,0 +1,225 @@
+// int4_linear, the loops: a panel of outputs x all rows, chunk by chunk of columns.
+//
+// A chunk's codes are unpacked once, with outputs in the lanes, and stay in the cache while all rows use them. Sums
+// over a block of columns are taken in the order of the columns and added up in the order of the blocks, for every
+// number of rows alike: a row's result does not depend on the others.
+#pragma GCC optimize("fp-contract=off")  // int8 mode rounds every operation; fused ones are written fma()
+#include "cpu/int4_linear.tiles.h"
+
+namespace scrimp::SCRIMP_ISA {
+namespace {
+
+constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
+constexpr uint32_t kInfinityBits = 0x7f800000;
+
+// Calls body(p as a pointer to its type).
+template <class Body>
+SCRIMP_INLINE auto with_type(FloatType type, const void* p, Body body) {
+  if (type == FloatType::fp32) return body(static_cast<const float*>(p));
+  if (type == FloatType::bf16) return body(static_cast<const BFloat16*>(p));
+  return body(static_cast<const Float16*>(p));
+}
+
+// ---- rows of x ----
+
+// fp32, in the order of the weight's columns, zeros behind them to the end of a chunk.
+const float* ordered(const Int4Row& row) {
+  const int64_t columns = row.to->columns, padded = (columns + kInt4Chunk - 1) / kInt4Chunk * kInt4Chunk;
+  with_type(row.type, row.x, [&](auto* x) {
+    if (row.permutation) {
+      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = load_first(x + row.permutation[k], 1)[0];
+    } else {
+      for (int64_t k = 0; k < columns; k += kLanes) {
+        store_first(row.scratch + k, load_first(x + k, columns - k), columns - k);
+      }
+    }
+  });
+  memset(row.scratch + columns, 0, sizeof(float) * (padded - columns));
+  return row.scratch;
+}
+
+// x[0, columns) to integers; returns their sum, and their scale in *scale.
+float quantize(const float* x, int64_t columns, int8_t* to, float* scale) {
+  BitsVec bits{};
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
+    bits = some > bits ? some : bits;
+  }
+  uint32_t most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) most = bits[lane] > most ? bits[lane] : most;
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  const bool usable = most < kInfinityBits && largest >= kSmallest;
+  *scale = most >= kInfinityBits ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
+  if (!usable) return 0.0f;
+  const Vec steps = broadcast(127.0f / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23 rounds to integers
+  Vec sum{};
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    const Vec rounded = (load(x + k) * steps + magic) - magic;
+    sum += rounded;
+    const IntVec integers = __builtin_convertvector(rounded, IntVec);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t at = k + lane;
+      to[at / 8 * 8 + at % 2 * 4 + at % 8 / 2] = static_cast<int8_t>(integers[lane]);
+    }
+  }
+  return sum_lanes(sum);
+}
+
+// ---- scales and zeros ----
+
+// The scales and zeros of a panel for some groups, with outputs in the lanes.
+struct Groups {
+  const Int4Panel& p;
+  const int64_t count;
+  float* const scales;
+  float* const zeros;
+  int64_t first = -kInt4Groups;
+
+  Groups(const Int4Panel& panel, float* to)
+      : p(panel),
+        count((panel.x->columns + panel.group - 1) / panel.group),
+        scales(to),
+        zeros(to + kPanel * kInt4Groups) {}
+
+  template <class T>
+  void transposed(const T* from, const void* end, float* to) const {
+    for (int n = 0; n < kPanel && n < p.outputs; n += kLanes) {
+      for (int64_t group = 0; group < kInt4Groups && first + group < count; group += kLanes) {
+        Vec values[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const T* at = from + (n + i < p.outputs ? n + i : p.outputs - 1) * count + first + group;
+          values[i] = load_first(at, static_cast<const T*>(end) - at);
+        }
+        transpose(values);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + (group + i) * kPanel + n, values[i]);
+      }
+    }
+  }
+
+  // Where the scales of a group lie, after its neighbours were brought in where needed.
+  int64_t find(int64_t group) {
+    if (group >= first + kInt4Groups) {
+      first = group;
+      with_type(p.scale_type, p.scales, [&](auto* from) { transposed(from, p.scales_end, scales); });
+      if (p.zeros && p.byte_zeros) transposed(static_cast<const uint8_t*>(p.zeros), p.zeros_end, zeros);
+      if (p.zeros && !p.byte_zeros) {
+        with_type(p.scale_type, p.zeros, [&](auto* from) { transposed(from, p.zeros_end, zeros); });
+      }
+      if (!p.x->int8) center();
+    }
+    return (group - first) * kPanel;
+  }
+
+  // Exact mode's codes stand for q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
+  void center() {
+    if (p.kind == Int4Zeros::none) return;
+    for (int64_t i = 0; i < kInt4Groups * kPanel; i += kLanes) {
+      const Vec s = load(scales + i), z = load(zeros + i);
+      store(zeros + i, p.kind == Int4Zeros::shift ? (8.0f - z) * s : fma(broadcast(8.0f), s, z));
+    }
+  }
+};
+
+// ---- a panel ----
+
+struct Panel {
+  const Int4Panel& p;
+  const Int4Rows& x;
+  float* const totals;  // [row][output]
+  float* const unpacked;
+  Groups groups;
+
+  explicit Panel(const Int4Panel& panel)
+      : p(panel),
+        x(*panel.x),
+        totals(panel.scratch),
+        unpacked(totals + x.rows * kPanel),
+        groups(panel, unpacked + kInt4Chunk * kPanel) {}
+
+  // All rows with one block of columns, `begin` columns into the chunk.
+  void add_block(int64_t chunk, int64_t begin, int64_t columns) {
+    const int64_t block = (chunk * kInt4Chunk + begin) / x.block;
+    const int64_t group = groups.find((chunk * kInt4Chunk + begin) / p.group);
+    for (int64_t n = 0; n < p.outputs; n += kTileOutputs) {
+      for (int64_t row = 0, size; row < x.rows; row += size) {
+        const int64_t left = x.rows - row, tiles = (left + kTileRows - 1) / kTileRows;
+        size = (left + tiles - 1) / tiles;
+        const int64_t at = block * x.rows + row, value = (chunk * x.rows + row) * kInt4Chunk + begin;
+        const Block b{columns, groups.scales + group + n, groups.zeros + group + n, x.sums + at,
+                      totals + row * kPanel + n};
+        with_constant<kTileRows>(size, [&](auto rows) {
+          constexpr int C = decltype(rows)::value;
+          if (!x.int8) {
+            const float* w = unpacked + begin * kPanel + n;
+            return p.zeros ? add_tile<C, true>(b, w, x.values + value) : add_tile<C, false>(b, w, x.values + value);
+          }
+          const uint32_t* w = reinterpret_cast<const uint32_t*>(unpacked) + begin / 4 * kPanel + n;
+          const auto add = [&](auto tile) { tile(b, w, x.integers + value, x.scales + at, x.starts + at); };
+          if (p.kind == Int4Zeros::shift) return add(add_tile<C, Int4Zeros::shift, NibbleSums>);
+          if (p.kind == Int4Zeros::offset) return add(add_tile<C, Int4Zeros::offset, NibbleSums>);
+          if (p.codebook) return add(add_tile<C, Int4Zeros::none, WideSums>);
+          add(add_tile<C, Int4Zeros::none, NibbleSums>);
+        });
+      }
+    }
+  }
+
+  void run() {
+    memset(totals, 0, sizeof(float) * x.rows * kPanel);
+    const int64_t chunks = (x.columns + kInt4Chunk - 1) / kInt4Chunk;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t columns = x.columns - chunk * kInt4Chunk < kInt4Chunk ? x.columns - chunk * kInt4Chunk : kInt4Chunk;
+      for (int64_t line = 0; line < kPanel; ++line) __builtin_prefetch(p.next + (chunk * kPanel + line) * 64, 0, 2);
+      if (x.int8) {
+        unpack(p, chunk, reinterpret_cast<uint32_t*>(unpacked));
+      } else {
+        p.codebook ? unpack<true>(p, chunk, unpacked) : unpack<false>(p, chunk, unpacked);
+      }
+      for (int64_t begin = 0; begin < columns; begin += x.block) {
+        add_block(chunk, begin, columns - begin < x.block ? columns - begin : x.block);
+      }
+    }
+    with_type(p.type, p.bias, [&](auto* bias) { finish(bias); });
+  }
+
+  template <class T>
+  void finish(const T* bias) {
+    for (int64_t row = 0; row < x.rows; ++row) {
+      for (int64_t n = 0; n < p.outputs; n += kLanes) {
+        Vec y = load(totals + row * kPanel + n);
+        if (bias) y += load_first(bias + n, p.outputs - n);
+        store_first(static_cast<T*>(p.out) + row * p.out_stride + n, y, p.outputs - n);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void int4_pack(const Int4Row& row) {
+  const Int4Rows& to = *row.to;
+  const float* x = ordered(row);
+  for (int64_t column = 0; column < to.columns; column += to.block) {
+    const int64_t block = column / to.block * to.rows + row.row, chunk = column / kInt4Chunk;
+    const int64_t at = (chunk * to.rows + row.row) * kInt4Chunk + column % kInt4Chunk;
+    const int64_t padded =
+        (to.columns - column < to.block ? (to.columns - column + kLanes - 1) / kLanes * kLanes : to.block);
+    if (to.int8) {
+      memset(to.integers + at, 0, to.block);
+      to.sums[block] = quantize(x + column, padded, to.integers + at, to.scales + block);
+      to.starts[block] = -to.center * static_cast<int32_t>(to.sums[block]);
+    } else {
+      memcpy(to.values + at, x + column, sizeof(float) * to.block);
+      Vec sum{};
+      for (int64_t k = 0; k < padded; k += kLanes) sum += load(x + column + k);
+      to.sums[block] = sum_lanes(sum);
+    }
+  }
+}
+
+void int4_panel(const Int4Panel& panel) { Panel(panel).run(); }
+
+}  // namespace scrimp::SCRIMP_ISA
