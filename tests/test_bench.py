@@ -14,6 +14,7 @@ import torch
 from scrimp.benchmarks import (
     gelu_mul,
     gpu,
+    int4_linear,
     linear,
     measure,
     merge_attention,
@@ -91,7 +92,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         registry,
         "peer_file",
-        lambda name: real(name) if name in ("sdpa", "flex", "torch", "inductor") else peer_file(name),
+        lambda name: real(name) if name not in (*PEERS, "missing", "broken") else peer_file(name),
     )
 
 
@@ -130,6 +131,13 @@ def test_calls_alternate() -> None:
 def test_budget_sets_the_number_of_pairs() -> None:
     pairs = [len(measure.interleave(call(0.25), {"p": call(0.25)}, [], s).peers["p"]) for s in (0.0, 4.0, 1e9)]
     assert pairs == [measure.MIN_PAIRS, 8, measure.MAX_PAIRS]
+
+
+def test_pairs_apart_rest_and_wake_first() -> None:
+    log: list[str] = []
+    ours, a, b = (call(0.01, log=log, name=name) for name in "oab")
+    measure.interleave(ours, {"a": a, "b": b}, [], budget_s=0.0, apart=["b"])
+    assert "".join(log) == "oaoobb" * measure.MIN_PAIRS
 
 
 def test_probes_take_a_share_of_the_time() -> None:
@@ -321,6 +329,26 @@ def test_sparse_attention_check_sees_a_wrong_row() -> None:
     out[0, 1, 299, 3] += 1e-4
     with pytest.raises(AssertionError, match="out of sampled tiles"):
         problem.check((out, lse))
+
+
+def test_int4_linear_rows_and_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4_linear, "COLD_BYTES", 2**12)
+    for kind, group_size, mode, dtype in (
+        ("none8", 128, "exact", torch.float32),
+        ("uint8", 64, "int8", torch.bfloat16),
+        ("none8", 32, "int8", torch.float32),
+    ):
+        problem = int4_linear.problem(3, 16, 256, group_size, kind, mode, dtype)
+        peers = int4_linear.peers(1, group_size, kind, mode, dtype)
+        case = Case("int4_linear", "tiny", dtype, {"m": 3, "group_size": group_size}, peers, lambda p=problem: p)
+        for row in rows.case_rows(case, problem, measure.probes(dtype, size=64, elements=2**12), 0.0):
+            assert {*FIELDS, "group_size", "mode"} <= set(row)
+            assert not row["note"].startswith(rows.FAILURES)
+            assert row["ratio"] or "make setup-peers" in row["note"]
+        out = problem.ours()
+        out[2, 15] += 0.5
+        with pytest.raises(AssertionError, match="above the bound"):
+            problem.check(out)
 
 
 def test_linear_check_sees_a_wrong_row() -> None:
