@@ -120,12 +120,13 @@ struct FloatCodes<true> {
 };
 
 // In int8 mode: q, or the codebook's entry + 128; four of them in a lane.
+template <bool Book>
 struct ByteCodes {
   const int8_t* book;
 
   SCRIMP_INLINE BitsVec values(BitsVec codes) const {
     const BitsVec q = codes & 0x0f0f0f0fu;
-    if (!book) return q;
+    if constexpr (!Book) return q;
 #if defined(__AVX512BW__)
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(book));
     const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(entries), _mm512_set1_epi8(-128));
@@ -145,20 +146,21 @@ struct ByteCodes {
 // Calls put(first output, word, codes) for all words of 8 columns of a chunk, with kLanes outputs' codes in the lanes.
 template <class Put>
 SCRIMP_INLINE void for_codes(const Int4Panel& p, int64_t chunk, Put put) {
-  const int64_t bytes = p.x->columns / 2 - chunk * 64;
+  const int64_t bytes = p.x->columns / 2 - chunk * 64, stride = p.codes_stride;
+  const uint8_t* const first = p.codes + chunk * 64;
+  const bool whole = first + (p.outputs - 1) * stride + 64 <= p.codes_end;
   for (int n = 0; n < kPanel && n < p.outputs; n += kLanes) {
     for (int piece = 0; piece < kPieces && piece * kPieceBytes < bytes; ++piece) {
+      const uint8_t* at = first + n * stride + piece * kPieceBytes;
       Vec words[kLanes];
+      if (whole && n + kLanes <= p.outputs) [[likely]] {
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t output = n + i < p.outputs ? n + i : p.outputs - 1;
-        const uint8_t* at = p.codes + output * p.codes_stride + chunk * 64 + piece * kPieceBytes;
-        if (at + kPieceBytes <= p.codes_end) [[likely]] {
-          words[i] = (Vec)load_bits(at);
-        } else {
-          uint8_t last[kPieceBytes] = {};
-          memcpy(last, at, p.codes_end - at);
-          words[i] = (Vec)load_bits(last);
+        for (int i = 0; i < kLanes; ++i) words[i] = (Vec)load_bits(at + i * stride);
+      } else {
+        for (int i = 0; i < kLanes; ++i, at += n + i < p.outputs ? stride : 0) {
+          uint8_t some[kPieceBytes] = {};
+          memcpy(some, at, p.codes_end - at < kPieceBytes ? p.codes_end - at : kPieceBytes);
+          words[i] = (Vec)load_bits(some);
         }
       }
       transpose(words);
@@ -186,8 +188,9 @@ void unpack(const Int4Panel& p, int64_t chunk, float* to) {
 }
 
 // to[word][even columns, odd columns][output] of a chunk, in int8 mode
+template <bool Book>
 void unpack(const Int4Panel& p, int64_t chunk, uint32_t* to) {
-  const ByteCodes codes{static_cast<const int8_t*>(p.codebook)};
+  const ByteCodes<Book> codes{static_cast<const int8_t*>(p.codebook)};
   for_codes(p, chunk, [&](int n, int word, BitsVec q) __attribute__((always_inline)) {
     const BitsVec even = codes.values(q), odd = codes.values(q >> 4);
     memcpy(to + 2 * word * kPanel + n, &even, sizeof even);

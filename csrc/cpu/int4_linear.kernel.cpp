@@ -167,17 +167,19 @@ struct Panel {
     }
   }
 
+  template <bool Book>
+  void unpack(int64_t chunk) {
+    if (x.int8) return SCRIMP_ISA::unpack<Book>(p, chunk, reinterpret_cast<uint32_t*>(unpacked));
+    SCRIMP_ISA::unpack<Book>(p, chunk, unpacked);
+  }
+
   void run() {
     memset(totals, 0, sizeof(float) * x.rows * kPanel);
     const int64_t chunks = (x.columns + kInt4Chunk - 1) / kInt4Chunk;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t columns = x.columns - chunk * kInt4Chunk < kInt4Chunk ? x.columns - chunk * kInt4Chunk : kInt4Chunk;
       for (int64_t line = 0; line < kPanel; ++line) __builtin_prefetch(p.next + (chunk * kPanel + line) * 64, 0, 2);
-      if (x.int8) {
-        unpack(p, chunk, reinterpret_cast<uint32_t*>(unpacked));
-      } else {
-        p.codebook ? unpack<true>(p, chunk, unpacked) : unpack<false>(p, chunk, unpacked);
-      }
+      p.codebook ? unpack<true>(chunk) : unpack<false>(chunk);
       for (int64_t begin = 0; begin < columns; begin += x.block) {
         add_block(chunk, begin, columns - begin < x.block ? columns - begin : x.block);
       }
