@@ -30,8 +30,11 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
+LOG = ctypes.CFUNCTYPE(None, c_int, ctypes.c_char_p, c_void_p)
+SILENT = LOG(lambda level, text, data: None)
 # function: what it returns, what it takes
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_log_set": (None, [LOG, POINTER]),
     "ggml_init": (POINTER, [InitParams]),
     "ggml_free": (None, [POINTER]),
     "ggml_new_tensor_2d": (POINTER, [POINTER, c_int, LONG, LONG]),
@@ -75,6 +78,7 @@ def library() -> dict[str, Any]:
         function = getattr(next(part for part in parts if hasattr(part, name)), name)
         function.restype, function.argtypes = result, arguments
         found[name.removeprefix("ggml_")] = function
+    found["log_set"](SILENT, None)
     return found
 
 
@@ -139,9 +143,12 @@ def int4_linear(kind: str, x: Tensor, weight: Int4Weight) -> Peer:
     if x.dtype != torch.float32:
         raise ValueError(f"ggml's product takes fp32, not {x.dtype}")
     ggml, x = library(), x.contiguous()
-    turns = cycle([Product(matrix, x, weight.out_features) for matrix in matrices(kind, weight)])
+    products = [Product(matrix, x, weight.out_features) for matrix in matrices(kind, weight)]
     backend = ggml["backend_cpu_init"]()
     ggml["backend_cpu_set_n_threads"](backend, torch.get_num_threads())
+    for product in products:
+        product.run(backend)
+    turns = cycle(products)
     within = SAME_RMS if holds(kind, weight) else REQUANTIZED
     return Peer(lambda: next(turns).run(backend), within=within, own_threads=True)
 

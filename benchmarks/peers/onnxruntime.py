@@ -1,7 +1,7 @@
 """ONNX Runtime's MatMulNBits with activations of 8 bits (accuracy level 4), on the same codes and scales."""
 
-from collections.abc import Iterator
 from functools import lru_cache
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from scrimp import Int4Weight
 from scrimp.int4_weight.pack import pack_nibbles
 
-from ..int4_linear import cold
+from ..int4_linear import copies
 from ..registry import Peer
 
 DISTRIBUTION = "onnxruntime"
@@ -31,22 +31,24 @@ def int4_linear(x: Tensor, weight: Int4Weight, accuracy: int = INT8) -> Peer:
     """Input and output stay where they are (I/O binding)."""
     if x.dtype != torch.float32:
         raise ValueError(f"MatMulNBits on a CPU takes fp32, not {x.dtype}")
-    turns = sessions(weight, accuracy, torch.get_num_threads())
     out = torch.empty(x.shape[0], weight.out_features)
 
-    def call() -> Tensor:
-        session = next(turns)
+    def run(session: Any) -> Tensor:
         binding = session.io_binding()
         binding.bind_input("A", "cpu", 0, "float32", tuple(x.shape), x.data_ptr())
         binding.bind_output("Y", "cpu", 0, "float32", tuple(out.shape), out.data_ptr())
         session.run_with_iobinding(binding)
         return out
 
-    return Peer(call, own_threads=True)
+    some = sessions(weight, accuracy, torch.get_num_threads())
+    for session in some:
+        run(session)
+    turns = cycle(some)
+    return Peer(lambda: run(next(turns)), own_threads=True)
 
 
 @lru_cache(maxsize=1)
-def sessions(weight: Int4Weight, accuracy: int, threads: int) -> Iterator[Any]:
+def sessions(weight: Int4Weight, accuracy: int, threads: int) -> list[Any]:
     """Sessions of the one node, each with weights of its own."""
     import onnxruntime
 
@@ -58,7 +60,7 @@ def sessions(weight: Int4Weight, accuracy: int, threads: int) -> Iterator[Any]:
     def session() -> Any:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    return cold(session, weight.qweight.nbytes + 4 * weight.scales.numel())
+    return copies(session, weight.qweight.nbytes + 4 * weight.scales.numel())
 
 
 def one_node(weight: Int4Weight, accuracy: int) -> bytes:

@@ -1,7 +1,7 @@
 """OpenVINO's matrix product with u4 weights, computing in fp32, on the same codes and scales."""
 
-from collections.abc import Iterator
 from functools import lru_cache
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from scrimp import Int4Weight
 from scrimp.int4_weight.pack import pack_nibbles
 
-from ..int4_linear import cold
+from ..int4_linear import copies
 from ..registry import Peer
 
 DISTRIBUTION = "openvino"
@@ -31,20 +31,22 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Peer:
 
     if x.dtype != torch.float32:
         raise ValueError(f"the model takes fp32, not {x.dtype}")
-    turns = requests(weight, torch.get_num_threads())
     given = openvino.Tensor(x.numpy(), shared_memory=True)
 
-    def call() -> Tensor:
-        request = next(turns)
+    def run(request: Any) -> Tensor:
         request.set_input_tensor(given)
         request.infer()
         return torch.from_numpy(request.get_output_tensor().data)
 
-    return Peer(call, own_threads=True)
+    some = requests(weight, torch.get_num_threads())
+    for request in some:
+        run(request)  # packs its weights at the first inference of a shape
+    turns = cycle(some)
+    return Peer(lambda: run(next(turns)), own_threads=True)
 
 
 @lru_cache(maxsize=1)
-def requests(weight: Int4Weight, threads: int) -> Iterator[Any]:
+def requests(weight: Int4Weight, threads: int) -> list[Any]:
     """Inference requests, each of a model with weights of its own."""
     import openvino
 
@@ -55,7 +57,7 @@ def requests(weight: Int4Weight, threads: int) -> Iterator[Any]:
         "INFERENCE_PRECISION_HINT": "f32",
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return cold(lambda: core.compile_model(model, "CPU", config).create_infer_request(), weight.bytes())
+    return copies(lambda: core.compile_model(model, "CPU", config).create_infer_request(), weight.bytes())
 
 
 def one_product(weight: Int4Weight) -> Any:
