@@ -61,7 +61,7 @@ def row(case: str, found: Quality, reference: float, fields: Row) -> Row:
     shown = {name: float(f"{figures[name]:.6g}") for name in FIGURES if name in figures}
     base: Row = {"op": "int4_quality", "case": case, "dtype": "fp32", "threads": torch.get_num_threads()}
     ratio = {"reference_perplexity": round(reference, 4), "perplexity_ratio": round(found.perplexity / reference, 5)}
-    return base | fields | {"peer": "self-dense"} | shown | ratio | origin("self-dense") | {"note": ""}
+    return base | fields | {"peer": "self-dense"} | shown | ratio | origin("self-dense", "cpu") | {"note": ""}
 
 
 def line(row: Row) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import scrimp
-from scrimp.methods.generation import decoder_model
+from scrimp.methods.generation import KVCache, decoder_model
 from scrimp.methods.int4 import Int4Linear, quantize
 from scrimp.methods.int4.blocks import replace_module
 from scrimp.methods.int4.linear import EngineInt4
@@ -87,3 +87,16 @@ def test_the_engine_sees_that_weights_changed() -> None:
     assert before.is_still(decoder_model(model))
     model.model.layers[0].mlp.up_proj.scales.mul_(2)
     assert not before.is_still(decoder_model(model))
+
+
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_logits_do_not_depend_on_company(mode: str) -> None:
+    """One row and many give the same bits, so a prompt read alone or beside another gives the same keys."""
+    model = model_of("qwen2", mode=mode)
+    together, alone = KVCache(model, 2, 32), [KVCache(model, 1, 32) for _ in PROMPTS]
+    scrimp.generate(model, PROMPTS, max_new_tokens=6, cache=together)
+    for b, cache in enumerate(alone):
+        scrimp.generate(model, PROMPTS[b : b + 1], max_new_tokens=6, cache=cache)
+        held = len(cache.tokens[0])
+        assert together.tokens[b] == cache.tokens[0]
+        assert torch.equal(together.memory[:, :, b, :, :held], cache.memory[:, :, 0, :, :held])
