@@ -14,7 +14,6 @@ import torch
 from scrimp.benchmarks import (
     gelu_mul,
     gpu,
-    int4_linear,
     linear,
     measure,
     merge_attention,
@@ -329,26 +328,6 @@ def test_sparse_attention_check_sees_a_wrong_row() -> None:
     out[0, 1, 299, 3] += 1e-4
     with pytest.raises(AssertionError, match="out of sampled tiles"):
         problem.check((out, lse))
-
-
-def test_int4_linear_rows_and_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_linear, "COLD_BYTES", 2**12)
-    for kind, group_size, mode, dtype in (
-        ("none8", 128, "exact", torch.float32),
-        ("uint8", 64, "int8", torch.bfloat16),
-        ("none8", 32, "int8", torch.float32),
-    ):
-        problem = int4_linear.problem(3, 16, 256, group_size, kind, mode, dtype)
-        peers = int4_linear.peers(1, group_size, kind, mode, dtype)
-        case = Case("int4_linear", "tiny", dtype, {"m": 3, "group_size": group_size}, peers, lambda p=problem: p)
-        for row in rows.case_rows(case, problem, measure.probes(dtype, size=64, elements=2**12), 0.0):
-            assert {*FIELDS, "group_size", "mode"} <= set(row)
-            assert not row["note"].startswith(rows.FAILURES)
-            assert row["ratio"] or "make setup-peers" in row["note"]
-        out = problem.ours()
-        out[2, 15] += 0.5
-        with pytest.raises(AssertionError, match="above the bound"):
-            problem.check(out)
 
 
 def test_linear_check_sees_a_wrong_row() -> None:
