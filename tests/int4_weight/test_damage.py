@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scrimp.int4_weight import Int4Checkpoint, open_checkpoint, quantization_config
+from scrimp.int4_weight.tensor_file import TensorFiles
 from scrimp.ops import int4_linear
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "int4"
@@ -180,6 +181,17 @@ def survives(data: bytes, suffix: str, config: dict[str, Any] | None) -> None:
             held, words = 0, str(error)
     assert held <= 32 * len(data)
     assert str(path) in words
+
+
+def test_numbers_at_odd_bytes_are_moved(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+                         "b": {"dtype": "BF16", "shape": [2], "data_offsets": [1, 5]}}).encode()  # fmt: skip
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" + b"\x80\x3f\x00\x40")
+    tensor = TensorFiles(path, [path]).read("b")
+    assert tensor.tolist() == [1.0, 2.0]
+    assert tensor.data_ptr() % 2 == 0
 
 
 @pytest.fixture(autouse=True)
