@@ -18,10 +18,11 @@ demo: setup  ## a real model reads 8,000 tokens, dense and sparse: table and rep
 test: setup  ## the whole suite
 	$(PY) -m pytest -n $(CORES) --dist loadgroup tests
 
-test-asan: $(VENV)/.asan  ## the op tests under AddressSanitizer and UBSan
+test-asan: $(VENV)/.asan  ## the tests of ops and of damaged files under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/asan $(PY) -m pytest --capture=sys -q -p no:cacheprovider tests/ops
+	PYTHONPATH=build/asan $(PY) -m pytest --capture=sys -q -p no:cacheprovider tests/ops \
+	tests/int4_weight/test_damage.py
 
 TRITON_38 := build/triton-3.8.0
 evidence: setup $(TRITON_38)  ## compile every GPU kernel for every architecture, rewrite tests/evidence/passports
@@ -41,6 +42,9 @@ format: $(VENV)/.deps  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+setup-peers: setup  ## install the programs that benchmarks compare with (compiles llama.cpp, some minutes)
+	$(PY) -m pip install -r requirements-peers.txt
 
 bench: setup  ## every op against its peers (BENCH=OP for one)
 	$(SCRIMP) bench $(or $(BENCH),--all) --json bench.json
@@ -71,4 +75,4 @@ $(VENV)/.asan: $(VENV)/.deps setup.py $(shell find csrc python kernels benchmark
 	SCRIMP_SANITIZE=address,undefined SCRIMP_EMULATE_VNNI=1 $(PY) setup.py -q build --build-base build/asan-base --build-lib build/asan
 	@touch $@
 
-.PHONY: help setup demo test test-asan evidence lint format bench wheel clean
+.PHONY: help setup demo test test-asan evidence lint format setup-peers bench wheel clean

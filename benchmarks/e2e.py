@@ -4,7 +4,9 @@ Prompts are texts of the held-out documents; "copy" asks for a text that is most
 prompt lookup. The limit: every new token reads all weights of the model once.
 """
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,11 +19,14 @@ from scrimp.demo.model import demo_model_path
 from scrimp.methods.evaluate import Reader, quality
 from scrimp.methods.generation import DecoderModel, decoder_model
 
+from .peers import hf
 from .registry import Case, Problem, Work
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may prefer another token than ours
+INT8_TIE = 0.5  # a rounding error may move an activation of 8 bits by a whole step
 QUALITY_TOKENS = 512
+GROUP_SIZE = 64
 
 
 def cases() -> list[Case]:
@@ -32,6 +37,7 @@ def cases() -> list[Case]:
         case("long", FP32, prompt=2048, new=32, batch=1, peers=("hf",)),
         case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
         case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
+        *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
     ]
 
 
@@ -41,10 +47,26 @@ def case(name: str, dtype: torch.dtype, prompt: int, new: int, batch: int, peers
     return Case("e2e", name, dtype, shape, peers, partial(problem, name, dtype, prompt, new, batch))
 
 
+def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
+    """Decoding with 4-bit layers, by our loop beside itself in fp32, or by Hugging Face's on both sides."""
+    shape = {"m": 1, "batch": 1, "n": prompt, "new_tokens": new, "group_size": GROUP_SIZE}
+    name, peers = (f"int4-stock-{mode}", ("hf",)) if stock else (f"int4-{mode}", ("hf", "self-fp32"))
+    make = partial(stock_int4_problem if stock else int4_problem, mode, prompt, new)
+    return Case("e2e", name, FP32, shape, peers, make)
+
+
 @cache
 def loaded(dtype: torch.dtype) -> tuple[Any, Any]:
     """The demo model and its tokenizer."""
     return scrimp.load(demo_model_path(), dtype)
+
+
+@cache
+def quantized(mode: str) -> Any:
+    """The demo model with 4-bit layers, rounded to nearest; its head stays dense."""
+    model = copy.deepcopy(loaded(FP32)[0])
+    scrimp.quantize(model, "rtn", GROUP_SIZE, mode=mode)
+    return model
 
 
 def prompts(name: str, tokenizer: Any, length: int, batch: int) -> Tensor:
@@ -61,7 +83,29 @@ def problem(name: str, dtype: torch.dtype, length: int, new: int, batch: int) ->
     return of_model(model, prompts(name, tokenizer, length, batch), new)
 
 
-def of_model(model: Any, ids: Tensor, new: int) -> Problem:
+def int4_problem(mode: str, length: int, new: int) -> Problem:
+    """Our loop: the peer hf runs the same 4-bit model, self-fp32 is our loop with the dense one."""
+    dense, tokenizer = loaded(FP32)
+    model, ids = quantized(mode), prompts("int4", tokenizer, length, 1)
+    problem = of_model(model, ids, new, INT8_TIE if mode == "int8" else NEAR_TIE[FP32])
+    return replace(problem, own={"self-fp32": of_model(dense, ids, new).ours}, fields={**problem.fields, "mode": mode})
+
+
+def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
+    """Hugging Face's loop: ours runs the 4-bit model, the peer hf the dense one."""
+    problem = int4_problem(mode, length, new)
+    model, ids, _ = problem.inputs
+    ours = hf.e2e(model, ids, new).call
+    return replace(
+        problem,
+        inputs=(loaded(FP32)[0], ids, new),
+        ours=ours,
+        own={},
+        fields={**problem.fields, "profile": "stock"},
+    )
+
+
+def of_model(model: Any, ids: Tensor, new: int, near_tie: float | None = None) -> Problem:
     """Greedy generation of `new` tokens after each of `ids` `[batch, n]`, eos or not."""
     view = decoder_model(model)
     batch, length = ids.shape
@@ -82,7 +126,7 @@ def of_model(model: Any, ids: Tensor, new: int) -> Problem:
     return Problem(
         inputs=(model, ids, new),
         ours=ours,
-        check=lambda got: check(model, ids, got),
+        check=lambda got: check(model, ids, got, NEAR_TIE[model.dtype] if near_tie is None else near_tie),
         work=work(view, batch, length, new),
         fields={"profile": "plain", "perplexity_ratio": float(f"{ratio:.6g}")},
         of_row=of_row,
@@ -98,13 +142,13 @@ def work(view: DecoderModel, batch: int, length: int, new: int) -> Work:
     return Work(bytes=new * weights + cached, flops=2.0 * numbers * batch * (length + new))
 
 
-def check(model: Any, ids: Tensor, got: Tensor) -> None:
+def check(model: Any, ids: Tensor, got: Tensor, near_tie: float) -> None:
     """Every token is the best by Hugging Face's logits too, or as good as the best."""
     with torch.no_grad():
         logits = model(torch.cat([ids, got], 1), use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
     behind = logits.amax(-1) - logits.gather(2, got[..., None])[..., 0]
     worst = int(behind.argmax())
-    if float(behind.max()) > NEAR_TIE[model.dtype]:
+    if float(behind.max()) > near_tie:
         raise AssertionError(
             f"token {worst % got.shape[1]} of sequence {worst // got.shape[1]} is {float(behind.max()):.3g} behind the "
             "best one by Hugging Face's logits"

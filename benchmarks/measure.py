@@ -1,11 +1,11 @@
 """Paired timing: ours, peer, ours, peer, ... in one process, with probes of the machine's limits in between."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median, quantiles
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 
 import torch
 
@@ -13,6 +13,7 @@ from .registry import Call, Work
 
 MIN_PAIRS, MAX_PAIRS = 5, 300
 WARM_UP_S = 0.1
+REST_S = 0.02  # threads that wait for work in a loop do so for some milliseconds
 PROBE_SHARE = 0.25  # of a case's time at most goes to probes once each has run
 # Side of the matrix product, and fp32 elements of the stream: 512 MiB are above the last-level caches of large servers
 PROBE_SIZES = {"cpu": (1024, 2**27), "cuda": (8192, 2**29)}
@@ -80,6 +81,13 @@ def seconds(call: Call) -> float:
     return (perf_counter_ns() - start) * 1e-9
 
 
+def seconds_apart(call: Call) -> float:
+    """One call's wall time once the threads of another runtime sleep and this one's own are awake."""
+    sleep(REST_S)
+    call()
+    return seconds(call)
+
+
 def warm_up(call: Call) -> None:
     """At least one call, and calls for a tenth of a second."""
     spent = 0.0
@@ -119,11 +127,13 @@ def limits(found: list[Probe], samples: Samples) -> Limits:
     return Limits(rates[True], rates[False])
 
 
-def interleave(ours: Call, peers: Mapping[str, Call], found: list[Probe], budget_s: float) -> Samples:
+def interleave(
+    ours: Call, peers: Mapping[str, Call], found: list[Probe], budget_s: float, apart: Collection[str] = ()
+) -> Samples:
     """Times ours before every peer, round after round, until `budget_s` is spent; warm callables.
 
     At least MIN_PAIRS and at most MAX_PAIRS rounds; the probes run in the first round and then as often as
-    PROBE_SHARE allows.
+    PROBE_SHARE allows. Peers of `apart` have threads of their own: their pairs keep out of each other's way.
     """
     samples = Samples({peer: [] for peer in peers}, {peer: [] for peer in peers}, [[] for _ in found])
     spent = probing = 0.0
@@ -133,8 +143,9 @@ def interleave(ours: Call, peers: Mapping[str, Call], found: list[Probe], budget
     try:
         while rounds < MIN_PAIRS or (spent < budget_s and rounds < MAX_PAIRS):
             for peer, call in peers.items():
-                samples.ours[peer].append(seconds(ours))
-                samples.peers[peer].append(seconds(call))
+                clock = seconds_apart if peer in apart else seconds
+                samples.ours[peer].append(clock(ours))
+                samples.peers[peer].append(clock(call))
                 spent += samples.ours[peer][-1] + samples.peers[peer][-1]
             if probing <= PROBE_SHARE * spent or not rounds:
                 for probe, times in zip(found, samples.probes, strict=True):

@@ -19,6 +19,7 @@ import torch
 from scrimp._registry import OPS
 
 WHOLE = ("e2e",)
+SAME_RMS = 0.02  # relative root mean square by which a peer that claims our results may differ
 
 Call = Callable[[], Any]
 Ratios = Mapping[str, float]
@@ -44,11 +45,15 @@ class Peer:
     Args:
         call: what is timed.
         same: whether its results are ours up to rounding.
+        within: the relative root mean square by which results that are the same may differ.
+        own_threads: whether it computes with threads that are not torch's.
         fields: extra fields of its row, from (our result, its result).
     """
 
     call: Call
     same: bool = True
+    within: float = SAME_RMS
+    own_threads: bool = False
     fields: Callable[[tuple[Any, Any]], dict[str, Any]] = no_fields
 
 

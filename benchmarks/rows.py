@@ -10,14 +10,13 @@ from torch import Tensor
 
 from . import environment, gpu, measure, registry
 from .measure import Limits, Probe, Samples
-from .registry import Call, Case, Problem
+from .registry import Call, Case, Peer, Problem
 from .results import Row
 
 FAILURES = ("WRONG", "FAILS")
 NUMBERS = ["ours_ms", "peer_ms", "ratio", "ratio_p20", "ratio_p80", "limit_fraction"]
 NUMBERS += ["pairs", "gemm_gflops", "stream_gb_s"]
 SELF_STANDING = 0.95  # a comparison with ourselves counts from this fraction of the standard's speed
-SAME_RMS = 0.02  # relative root mean square by which a peer that claims our results may differ
 
 
 def measured(cases: Sequence[Case], counts: Sequence[int], budget_s: float, device: str = "cpu") -> Iterator[list[Row]]:
@@ -48,8 +47,10 @@ def timed(call: Call, case: Case, device: str) -> Call:
 
 def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float, device: str = "cpu") -> list[Row]:
     """One row per peer at the current thread count. Where a check fails, the numbers are None and `note` says why."""
-    ours, calls, notes, extra = prepared(case, problem, device)
-    samples = measure.interleave(ours, calls, probes, budget_s) if calls else Samples()
+    ours, ready, notes, extra = prepared(case, problem, device)
+    calls = {name: peer.call for name, peer in ready.items()}
+    apart = [name for name, peer in ready.items() if peer.own_threads and torch.get_num_threads() > 1]
+    samples = measure.interleave(ours, calls, probes, budget_s, apart) if calls else Samples()
     limits = measure.limits(probes, samples) if calls else None
     for peer in calls:
         if registry.is_self(peer) and problem.standard in calls:
@@ -69,60 +70,59 @@ def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float
     return rows
 
 
-def prepared(case: Case, problem: Problem, device: str) -> tuple[Call, dict[str, Call], dict[str, str], dict[str, Row]]:
-    """Our warm call, those of the peers, a note for every peer (empty, or why it has no call), fields of its own."""
-    calls: dict[str, Call] = {}
+def prepared(case: Case, problem: Problem, device: str) -> tuple[Call, dict[str, Peer], dict[str, str], dict[str, Row]]:
+    """Our warm call, the warm peers, a note for every peer (empty, or why it is not timed), fields of its own."""
+    ready: dict[str, Peer] = {}
     extra: dict[str, Row] = {}
     try:
         expected = problem.ours()
         problem.check(expected)
         ours = timed(problem.ours, case, device)
     except AssertionError as error:
-        return problem.ours, calls, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
+        return problem.ours, ready, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
     except Exception as error:
-        return problem.ours, calls, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
+        return problem.ours, ready, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
     measure.warm_up(ours)
     notes = {}
     for peer in case.peers:
         try:
             found = _find(peer, case.op, problem)
             notes[peer] = found if isinstance(found, str) else _wrong(peer, found, expected, extra)
-            if isinstance(found, registry.Peer) and not notes[peer]:
-                call = timed(found.call, case, device)
-                measure.warm_up(call)
-                calls[peer] = call
+            if isinstance(found, Peer) and not notes[peer]:
+                ready[peer] = replace(found, call=timed(found.call, case, device))
+                measure.warm_up(ready[peer].call)
         except Exception as error:
             notes[peer] = f"FAILS: {type(error).__name__}: {_line(error)}"
-    return ours, calls, notes, extra
+    return ours, ready, notes, extra
 
 
-def _find(peer: str, op: str, problem: Problem) -> registry.Peer | str:
+def _find(peer: str, op: str, problem: Problem) -> Peer | str:
     """The peer's way to do the case, or why there is none."""
     if registry.is_self(peer):
-        return registry.Peer(problem.own[peer], same=False)
+        return Peer(problem.own[peer], same=False)
     file = registry.peer_file(peer)
     if (reason := file.available()) is not None:
         return f"MISSING: {reason}"
-    found: registry.Peer = getattr(file, op)(*problem.inputs)
+    found: Peer = getattr(file, op)(*problem.inputs)
     return found
 
 
-def _wrong(peer: str, found: registry.Peer, expected: Any, extra: dict[str, Row]) -> str:
+def _wrong(peer: str, found: Peer, expected: Any, extra: dict[str, Row]) -> str:
     """What is wrong with the peer's first result, if anything; its fields go into `extra`."""
     result = found.call()
-    if found.same and (fault := difference(result, expected)):
+    if found.same and (fault := difference(result, expected, found.within)):
         return f"WRONG: {peer} computes something else: {fault}"
     extra[peer] = found.fields((expected, result))
     return ""
 
 
-def difference(got: Any, expected: Any) -> str:
+def difference(got: Any, expected: Any, within: float) -> str:
     """How a peer's first result differs from our first one by more than rounding; empty if it does not."""
     mine, theirs = (x if isinstance(x, Tensor) else x[0] for x in (expected, got))
     if mine.shape != theirs.shape:
         return f"shape {list(theirs.shape)}, ours {list(mine.shape)}"
     error = ((theirs.float() - mine.float()).norm() / mine.float().norm().clamp(min=1e-30)).item()
-    return "" if error <= SAME_RMS else f"relative error {error:.2g}"
+    return "" if error <= within else f"relative error {error:.2g}"
 
 
 def figures(peer: str, samples: Samples, limits: Limits | None, problem: Problem) -> Row:

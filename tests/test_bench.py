@@ -91,7 +91,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         registry,
         "peer_file",
-        lambda name: real(name) if name in ("sdpa", "flex", "torch", "inductor") else peer_file(name),
+        lambda name: real(name) if name not in (*PEERS, "missing", "broken") else peer_file(name),
     )
 
 
@@ -130,6 +130,13 @@ def test_calls_alternate() -> None:
 def test_budget_sets_the_number_of_pairs() -> None:
     pairs = [len(measure.interleave(call(0.25), {"p": call(0.25)}, [], s).peers["p"]) for s in (0.0, 4.0, 1e9)]
     assert pairs == [measure.MIN_PAIRS, 8, measure.MAX_PAIRS]
+
+
+def test_pairs_apart_rest_and_wake_first() -> None:
+    log: list[str] = []
+    ours, a, b = (call(0.01, log=log, name=name) for name in "oab")
+    measure.interleave(ours, {"a": a, "b": b}, [], budget_s=0.0, apart=["b"])
+    assert "".join(log) == "oaoobb" * measure.MIN_PAIRS
 
 
 def test_probes_take_a_share_of_the_time() -> None:

@@ -1,13 +1,17 @@
 """The end-to-end rows and the comparison with Hugging Face's greedy text, on a tiny model."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scrimp.benchmarks import agreement, e2e, measure, registry, rows
+from scrimp.benchmarks import agreement, e2e, int4_quality, measure, registry, rows
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from scrimp.methods.int4.quantize import METHODS
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -50,8 +54,52 @@ def test_cases_have_names_and_peers() -> None:
     cases = e2e.cases()
     assert "e2e" in registry.names()
     assert len({case.full_name for case in cases}) == len(cases)
-    for peer in {peer for case in cases for peer in case.peers}:
+    for peer in {peer for case in cases for peer in case.peers if not registry.is_self(peer)}:
         assert callable(registry.peer_file(peer).e2e)
+
+
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_int4_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
+    monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch, :length])
+    e2e.quantized.cache_clear()
+    for stock in (False, True):
+        case = e2e.int4_case(stock, mode, prompt=12, new=6)
+        found = rows.case_rows(case, case.make(), measure.probes(torch.float32, size=64, elements=2**12), 0.0)
+        assert [row["peer"] for row in found] == (["hf"] if stock else ["hf", "self-fp32"])
+        for row in found:
+            assert row["note"] == ""
+            assert (row["mode"], row["group_size"]) == (mode, 64)
+            assert row["profile"] == ("stock" if stock else "plain")
+    e2e.quantized.cache_clear()
+
+
+def test_int4_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256, "initializer_range": 0.1}))
+    wide.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = ["--group-size", "16", "--texts", "2", "--length", "32", "--window", "32", "--windows", "2"]
+    out = tmp_path / "rows.json"
+    asked = [
+        str(tmp_path / "model"),
+        *sizes,
+        "--modes",
+        "exact",
+        "int8",
+        "--json",
+        str(out),
+        "--csv",
+        str(out) + ".csv",
+    ]
+    assert int4_quality.main(asked) == 0
+    found = json.loads(out.read_text())
+    assert [row["case"] for row in found] == [f"{m}-{a}" for m in METHODS for a in ("exact", "int8")]
+    for row in found:
+        assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / row["reference_perplexity"], rel=1e-3)
+        assert 0 < row["kl_mean"] < 1
+        assert row["top1_agreement"] > 0.5
+        assert 4 < row["bits"] < 6.1
+    assert "gptq-int8" in capsys.readouterr().out
 
 
 def test_agreement_with_hugging_face(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

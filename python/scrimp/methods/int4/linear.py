@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..._registry import OPS
 from ...int4_weight import Int4Weight
+from ...int4_weight.check import ZERO_KINDS
 from ...ops import int4_linear
+from ...ops.int4_linear import MODES
 
+_int4_linear = OPS["int4_linear"].call
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 
@@ -81,9 +85,34 @@ class Int4Linear(nn.Module):
         self._weight = None
         super()._load_from_state_dict(state, prefix, *args)
 
+    @staticmethod
+    def engine_linear(modules: Sequence[Int4Linear]) -> EngineInt4:
+        """The layers, which share their input, for the decoding loop."""
+        return EngineInt4(modules)
+
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, group_size={self.group_size}, {self.zero_kind}, mode={self.mode}"
+
+
+def _arguments(layer: Int4Linear) -> tuple[Any, ...]:
+    """What the op takes after x."""
+    weight = layer.weight
+    numbers = (weight.group_size, ZERO_KINDS.index(weight.zero_kind), MODES.index(layer.mode))
+    return (*weight.tensors().values(), layer.bias, *numbers)
+
+
+class EngineInt4:
+    """4-bit layers of one input as the decoding loop calls them (`scrimp.methods.generation.Linear`)."""
+
+    def __init__(self, layers: Sequence[Int4Linear]) -> None:
+        self.sizes = tuple(layer.out_features for layer in layers)
+        self._arguments = [_arguments(layer) for layer in layers]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        parts = [_int4_linear(x, *rest) for rest in self._arguments]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return out if residual is None else out + residual
 
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
