@@ -7,6 +7,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 import scrimp
 from scrimp import _ext
 from scrimp.doctor import cpu_model
@@ -40,12 +42,20 @@ def versions(distribution: str) -> str:
     return ", ".join(parts)
 
 
-def isa() -> str:
-    """The instruction set of the CPU kernels in use."""
-    return _ext.current_isa() or "reference"
+def processor(device: str = "cpu") -> str:
+    """The name of the CPU or the GPU."""
+    return cpu_model() if device == "cpu" else str(torch.cuda.get_device_name())
 
 
-def device() -> str:
-    """The name of this machine's file of results: processor and instruction set."""
-    words = re.sub(r"\((r|tm|c)\)", " ", f"{cpu_model()} {isa()}", flags=re.IGNORECASE)
+def isa(device: str = "cpu") -> str:
+    """The instruction set of the kernels in use; a GPU's compute capability."""
+    if device == "cpu":
+        return _ext.current_isa() or "reference"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def results_name(device: str = "cpu") -> str:
+    """The name of a device's file of results: processor and instruction set."""
+    words = re.sub(r"\((r|tm|c)\)", " ", f"{processor(device)} {isa(device)}", flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

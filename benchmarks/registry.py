@@ -1,9 +1,10 @@
 """What is measured: each op's cases live in a file of this folder named after the op, peers in `peers/<peer>.py`.
 
 A case file has two functions: `cases() -> list[Case]`, and `tiny() -> Call`, a call so small that only the
-host's overhead is left. A peer file has `DISTRIBUTION` (its name on PyPI), `available() -> str | None` (why not, with
-the line that installs it) and one function per op it can do, named after the op: it takes the case's inputs and
-returns a `Peer`. `WHOLE` names the files that measure more than one op; they need no `tiny`.
+host's overhead is left; one whose cases are too small for a GPU has `cuda_cases()` too. A peer file has `DISTRIBUTION`
+(its name on PyPI), `available() -> str | None` (why not, with the line that installs it) and one function per op it can
+do, named after the op: it takes the case's inputs and returns a `Peer`. `WHOLE` names the files that measure more than
+one op; they need no `tiny`.
 """
 
 from collections.abc import Callable, Mapping
@@ -91,8 +92,8 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        """fp32 or bf16, as rows and users say it."""
-        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        """fp32, bf16 or fp16, as rows and users say it."""
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
     @property
     def full_name(self) -> str:
@@ -116,6 +117,13 @@ def case_file(op: str) -> ModuleType:
     if op not in names():
         raise ValueError(f"there are no benchmark cases for {op!r}; ops with cases are {', '.join(names())}")
     return import_module(f"{__package__}.{op}")
+
+
+def cases_of(op: str, device: str) -> list[Case]:
+    """The cases of `op` for that device."""
+    file = case_file(op)
+    found: list[Case] = getattr(file, f"{device}_cases", file.cases)()
+    return found
 
 
 def peer_file(name: str) -> ModuleType:

@@ -12,13 +12,13 @@ Row = dict[str, Any]
 KEY = ("op", "case", "dtype", "threads", "peer", "cpu", "isa")
 
 
-def csv_file(wish: str) -> Path:
-    """The file a user asked for; "device" is benchmarks/results/<device>.csv of this machine."""
+def csv_file(wish: str, device: str = "cpu") -> Path:
+    """The file a user asked for; "device" is the one in benchmarks/results/ of this machine's CPU or GPU."""
     if wish != "device":
         return Path(wish)
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    return folder / f"{environment.device()}.csv"
+    return folder / f"{environment.results_name(device)}.csv"
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:

@@ -1,15 +1,14 @@
 """One case to its rows: check the result, get the peers ready, time the pairs, compute the figures."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scrimp.doctor import cpu_model
-
-from . import environment, measure, registry
+from . import environment, gpu, measure, registry
 from .measure import Limits, Probe, Samples
 from .registry import Call, Case, Problem
 from .results import Row
@@ -21,23 +20,36 @@ SELF_STANDING = 0.95  # a comparison with ourselves counts from this fraction of
 SAME_RMS = 0.02  # relative root mean square by which a peer that claims our results may differ
 
 
-def measured(cases: Sequence[Case], counts: Sequence[int], budget_s: float) -> Iterator[list[Row]]:
+def measured(cases: Sequence[Case], counts: Sequence[int], budget_s: float, device: str = "cpu") -> Iterator[list[Row]]:
     """The rows of every case, one thread count after the other; `budget_s` seconds of timing each."""
     probes: dict[torch.dtype, list[Probe]] = {}
     for case in cases:
-        if case.dtype not in probes:
-            probes = {case.dtype: measure.probes(case.dtype)}
-        torch.manual_seed(0)
-        problem = case.make()
-        for count in counts:
-            with measure.threads(count), torch.no_grad():
-                yield case_rows(case, problem, probes[case.dtype], budget_s)
+        with torch.device(device):
+            if case.dtype not in probes:
+                probes = {case.dtype: on_device(measure.probes(case.dtype, *measure.PROBE_SIZES[device]), device)}
+            torch.manual_seed(0)
+            problem = case.make()
+            for count in counts:
+                with measure.threads(count), torch.no_grad():
+                    yield case_rows(case, problem, probes[case.dtype], budget_s, device)
 
 
-def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float) -> list[Row]:
+def on_device(probes: list[Probe], device: str) -> list[Probe]:
+    """The probes, captured where they run on a GPU."""
+    return probes if device == "cpu" else [replace(probe, call=gpu.Graph(probe.call)) for probe in probes]
+
+
+def timed(call: Call, case: Case, device: str) -> Call:
+    """What is timed for `call`: on a GPU, ops are captured and whole generations waited for."""
+    if device == "cpu":
+        return call
+    return gpu.Synchronised(call) if case.op in registry.WHOLE else gpu.Graph(call)
+
+
+def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float, device: str = "cpu") -> list[Row]:
     """One row per peer at the current thread count. Where a check fails, the numbers are None and `note` says why."""
-    calls, notes, extra = prepared(case, problem)
-    samples = measure.interleave(problem.ours, calls, probes, budget_s) if calls else Samples()
+    ours, calls, notes, extra = prepared(case, problem, device)
+    samples = measure.interleave(ours, calls, probes, budget_s) if calls else Samples()
     limits = measure.limits(probes, samples) if calls else None
     for peer in calls:
         if registry.is_self(peer) and problem.standard in calls:
@@ -53,46 +65,54 @@ def case_rows(case: Case, problem: Problem, probes: list[Probe], budget_s: float
         row |= extra.get(peer, {})
         row |= figures(peer, samples, limits, problem)
         row |= problem.of_row(row)
-        rows.append(row | origin(peer) | {"note": notes[peer]})
+        rows.append(row | origin(peer, device) | {"note": notes[peer]})
     return rows
 
 
-def prepared(case: Case, problem: Problem) -> tuple[dict[str, Call], dict[str, str], dict[str, Row]]:
-    """The peers' warm calls, a note for every peer (empty, or why it has no call), and fields of its own."""
+def prepared(case: Case, problem: Problem, device: str) -> tuple[Call, dict[str, Call], dict[str, str], dict[str, Row]]:
+    """Our warm call, those of the peers, a note for every peer (empty, or why it has no call), fields of its own."""
     calls: dict[str, Call] = {}
     extra: dict[str, Row] = {}
     try:
         expected = problem.ours()
         problem.check(expected)
+        ours = timed(problem.ours, case, device)
     except AssertionError as error:
-        return calls, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
+        return problem.ours, calls, dict.fromkeys(case.peers, f"WRONG: {_line(error)}"), extra
     except Exception as error:
-        return calls, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
-    measure.warm_up(problem.ours)
+        return problem.ours, calls, dict.fromkeys(case.peers, f"FAILS: {type(error).__name__}: {_line(error)}"), extra
+    measure.warm_up(ours)
     notes = {}
     for peer in case.peers:
         try:
-            notes[peer] = _prepare(peer, case.op, problem, expected, calls, extra)
+            found = _find(peer, case.op, problem)
+            notes[peer] = found if isinstance(found, str) else _wrong(peer, found, expected, extra)
+            if isinstance(found, registry.Peer) and not notes[peer]:
+                call = timed(found.call, case, device)
+                measure.warm_up(call)
+                calls[peer] = call
         except Exception as error:
             notes[peer] = f"FAILS: {type(error).__name__}: {_line(error)}"
-    return calls, notes, extra
+    return ours, calls, notes, extra
 
 
-def _prepare(peer: str, op: str, problem: Problem, expected: Any, calls: dict[str, Call], extra: dict[str, Row]) -> str:
-    """Puts the peer's call into `calls` and its fields into `extra`, or returns why there is none."""
+def _find(peer: str, op: str, problem: Problem) -> registry.Peer | str:
+    """The peer's way to do the case, or why there is none."""
     if registry.is_self(peer):
-        found = registry.Peer(problem.own[peer], same=False)
-    else:
-        file = registry.peer_file(peer)
-        if (reason := file.available()) is not None:
-            return f"MISSING: {reason}"
-        found = getattr(file, op)(*problem.inputs)
+        return registry.Peer(problem.own[peer], same=False)
+    file = registry.peer_file(peer)
+    if (reason := file.available()) is not None:
+        return f"MISSING: {reason}"
+    found: registry.Peer = getattr(file, op)(*problem.inputs)
+    return found
+
+
+def _wrong(peer: str, found: registry.Peer, expected: Any, extra: dict[str, Row]) -> str:
+    """What is wrong with the peer's first result, if anything; its fields go into `extra`."""
     result = found.call()
     if found.same and (fault := difference(result, expected)):
         return f"WRONG: {peer} computes something else: {fault}"
     extra[peer] = found.fields((expected, result))
-    measure.warm_up(found.call)
-    calls[peer] = found.call
     return ""
 
 
@@ -124,11 +144,11 @@ def figures(peer: str, samples: Samples, limits: Limits | None, problem: Problem
     return {name: _rounded(found[name]) for name in NUMBERS}
 
 
-def origin(peer: str) -> Row:
+def origin(peer: str, device: str) -> Row:
     """The fields that say where a number comes from."""
     return {
-        "cpu": cpu_model(),
-        "isa": environment.isa(),
+        "cpu": environment.processor(device),
+        "isa": environment.isa(device),
         "versions": environment.versions("torch" if registry.is_self(peer) else registry.peer_file(peer).DISTRIBUTION),
         "commit": environment.commit(),
     }

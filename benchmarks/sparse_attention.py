@@ -6,6 +6,7 @@ for all and a dense case lasts from tens of milliseconds to a second.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,18 @@ def cases() -> list[Case]:
     for D in (64, 128):
         found.append(case("dense", dense, 4096, D, BF16))
         found.append(case("blocks-0.25", partial(blocks, 0.25), 16384, D, BF16))
+    return found
+
+
+def cuda_cases() -> list[Case]:
+    """A layer of an 8B model, whose group of four query heads shares a kv head."""
+    sizes: dict[str, Any] = {"heads": 32, "groups": 8}
+    found = [case("dense", dense, n, 128, BF16, **sizes) for n in (8192, 32768)]
+    found += [case(f"blocks-{d}", partial(blocks, d), 32768, 128, BF16, **sizes) for d in (0.1, 0.25)]
+    for n in (32768, 131072):
+        found.append(case("columns", columns, n, 128, BF16, **sizes))
+        found.append(case("vertical_slash", vertical_slash, n, 128, BF16, **sizes))
+    found.append(case("dense", dense, 8192, 64, torch.float16, heads=9, groups=3))
     return found
 
 

@@ -25,6 +25,11 @@ def cases() -> list[Case]:
     return [*found, case(8192, 64, 9, 3), case(16384, 128, 1, dtype=torch.bfloat16)]
 
 
+def cuda_cases() -> list[Case]:
+    """A layer of an 8B model."""
+    return [case(n, 128, 32, 8, torch.bfloat16) for n in (8192, 32768, 131072)]
+
+
 def case(n: int, D: int, heads: int, groups: int | None = None, dtype: torch.dtype = torch.float32) -> Case:
     """One case of q `[1, heads, n, D]` and k `[1, groups, n, D]`."""
     name = f"{n}-d{D}" + (f"-h{heads}g{groups}" if groups else "")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from scrimp.benchmarks import (
     gelu_mul,
+    gpu,
     kv_compact,
     linear,
     measure,
@@ -199,7 +201,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "ops", lambda: ["made_up"])
     monkeypatch.setattr(registry, "case_file", lambda op: file)
     monkeypatch.setattr(run.scrimp, "implementations", lambda op: {"cpu": None})
-    monkeypatch.setattr(measure, "probes", lambda dtype: PROBES)
+    monkeypatch.setattr(measure, "probes", lambda dtype, size, elements: PROBES)
 
 
 @pytest.mark.usefixtures("made_up")
@@ -224,6 +226,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.read(table) == [{name: v if v != "" else None for name, v in row.items()} for row in found]
     assert command("made_up", "--case", "good-fp32", "--threads", "1", "--budget", "0", "--csv", str(table)) == 0
     assert len(results.read(table)) == len(found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.usefixtures("made_up")
+def test_no_gpu_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("made_up", "--device", "cuda") == 2
+    assert "--device cuda needs a GPU that torch can use" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_time_what_they_captured() -> None:
+    turns = cycle(torch.arange(3.0, device="cuda"))
+    graph = gpu.Graph(lambda: next(turns) * 2)
+    assert 1 < graph.calls <= gpu.MAX_CALLS
+    assert graph().item() in (0.0, 2.0, 4.0)
+    assert 0 < graph.seconds() < 1e-3
 
 
 @pytest.mark.usefixtures("made_up")

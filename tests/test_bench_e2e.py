@@ -37,6 +37,15 @@ def test_rows(model: Any) -> None:
             assert row["peer_tokens_per_s"] == pytest.approx(1e3 * 8 * batch / row["peer_ms"], rel=1e-2)
 
 
+def test_rows_of_trees(model: Any) -> None:
+    problem = e2e.of_model(model, IDS, 8, trees=True)
+    case = Case("e2e", "tiny", torch.float32, {"m": 2}, ("self-plain", "hf"), lambda: problem)
+    for row in rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0):
+        assert (row["note"], row["profile"]) == ("", "tree")
+        assert row["tokens_per_step"] >= 1
+        assert row["ratio"] > 0
+
+
 def test_a_wrong_token_is_seen(model: Any) -> None:
     problem = e2e.of_model(model, IDS, 8)
     got = problem.ours()
@@ -50,7 +59,7 @@ def test_cases_have_names_and_peers() -> None:
     cases = e2e.cases()
     assert "e2e" in registry.names()
     assert len({case.full_name for case in cases}) == len(cases)
-    for peer in {peer for case in cases for peer in case.peers}:
+    for peer in {peer for case in cases for peer in case.peers if not registry.is_self(peer)}:
         assert callable(registry.peer_file(peer).e2e)
 
 

@@ -4,9 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace scrimp {
 
@@ -19,11 +20,24 @@ using torch::stable::Tensor;
       ::scrimp::fail(__VA_ARGS__);   \
   } while (false)
 
+// One value of a message. No std::ostream: libraries beside a CUDA torch export one whose locale is not ours, and it
+// crashes.
+template <class Value>
+std::string text_of(const Value& value) {
+  if constexpr (std::is_floating_point_v<Value>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
+    return text;
+  } else if constexpr (std::is_arithmetic_v<Value>) {
+    return std::to_string(value);
+  } else {
+    return value;
+  }
+}
+
 template <class... Values>
 [[noreturn]] void fail(const Values&... values) {
-  std::ostringstream text;
-  (text << ... << values);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error((std::string() + ... + text_of(values)));
 }
 
 // "[2, 9, 512, 64]"

@@ -158,7 +158,7 @@ static void many_rows(const Problem& p, const Tensor& out) {
   for (const Layer& layer : p.layers) {
     Tensor part = torch::stable::narrow(y, 1, layer.first, layer.outputs);
     StableIValue stack[] = {from(x), from(torch::stable::transpose(*layer.weight, 0, 1)), from(part)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }
   if (p.biases.empty() && !p.residual) return;

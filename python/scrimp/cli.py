@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="thread counts to measure (default 1 and all)",
     )
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to measure (default cpu)")
     bench.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     bench.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
     bench.add_argument("--budget", type=float, metavar="SECONDS", help="time per case and thread count (default 3)")

@@ -41,6 +41,11 @@ class TreeDecoding:
         """What stands for `step` of a loop that feeds one token of every sequence at a time."""
         return Lockstep(lambda texts: self.session(model, cache, texts), cache, prompts)
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean number of tokens that a sequence got in a step, over all generations; 1 is plain decoding."""
+        return self.knowledge.tokens / max(self.knowledge.steps, 1)
+
     def report(self) -> dict[str, tuple[float, float]]:
         """For each source the guesses that could be judged (those after right ones), and the share that was right."""
         counts = {source.name: self.knowledge.acceptance.of_source(source.name) for source in self.sources}

@@ -19,7 +19,11 @@ FADE = 0.1
 
 
 class Knowledge:
-    """Acceptance and cost curves, kept from one generation to the next.
+    """Acceptance, cost curves and totals, kept from one generation to the next.
+
+    Attributes:
+        steps: trees that were read, plain steps among them; those of each sequence of a batch count.
+        tokens: that came of them.
 
     Args:
         cost: the curve to begin with; else each model's is measured once for each number of threads.
@@ -27,6 +31,7 @@ class Knowledge:
 
     def __init__(self, cost: CostCurve | None = None) -> None:
         self.acceptance = Acceptance()
+        self.steps = self.tokens = 0
         self._given = cost
         self._curves = WeakIdKeyDictionary()
 

@@ -141,6 +141,8 @@ class Session:
             fed = [step.trees[b].tokens[row] for row in path]
             self._running.update(Accepted(b, fed, step.logits[b, list(path)], step.state[b, list(path)]))
             self.texts[b] += tokens
+            self._knowledge.steps += 1
+            self._knowledge.tokens += len(tokens)
         self._running.settle(sum(map(len, chosen)), time.perf_counter() - self._begin)
 
 
