@@ -1,7 +1,8 @@
 """e2e: the demo model generates greedily, beside Hugging Face's own loops and llama.cpp.
 
 Prompts are texts of the held-out documents; "copy" asks for a text that is mostly in the prompt, the best case of
-prompt lookup. The limit: every new token reads all weights of the model once.
+prompt lookup. The "tree" cases decode by trees whose sources know nothing but the prompt. The limit: every new token
+reads all weights of the model once.
 """
 
 import copy
@@ -18,6 +19,7 @@ from scrimp.demo import text
 from scrimp.demo.model import demo_model_path
 from scrimp.methods.evaluate import Reader, quality
 from scrimp.methods.generation import DecoderModel, decoder_model
+from scrimp.methods.tree_decoding import CostCurve
 
 from .peers import hf
 from .registry import Case, Problem, Work
@@ -27,6 +29,14 @@ NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may pref
 INT8_TIE = 0.5  # a rounding error may move an activation of 8 bits by a whole step
 QUALITY_TOKENS = 512
 GROUP_SIZE = 64
+QUESTIONS = {
+    "tree-copy": "Repeat the text above word for word.",
+    "tree-summary": text.QUESTION,
+    "tree-code": "Write a Python class for a stack with push, pop and peek, and show how to use it.",
+    "tree-chat": "What should I see in Rome in two days?",
+    "tree-story": "Tell me a short story about a fox and a lighthouse.",
+}
+READING = ("tree-copy", "tree-summary")  # their questions are about a text
 
 
 def cases() -> list[Case]:
@@ -38,6 +48,9 @@ def cases() -> list[Case]:
         case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
         case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
         *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
+        *(case(name, FP32, prompt=300, new=96, batch=1, peers=("self-plain", "hf_lookup")) for name in QUESTIONS),
+        case("tree-text", FP32, prompt=64, new=96, batch=1, peers=("self-plain", "hf_lookup")),
+        case("tree-text-batch", FP32, prompt=64, new=96, batch=4, peers=("self-plain",)),
     ]
 
 
@@ -71,16 +84,25 @@ def quantized(mode: str) -> Any:
 
 def prompts(name: str, tokenizer: Any, length: int, batch: int) -> Tensor:
     """int64 `[batch, length]`."""
-    if name != "copy":
+    name = "tree-copy" if name == "copy" else name
+    if name not in QUESTIONS:
         return text.windows(tokenizer, length, "heldout", batch)
-    question = "Repeat the text above word for word."
-    return text.prompt(tokenizer, length, text.corpus("heldout"), question).expand(batch, -1)
+    if name not in READING:
+        return chat(tokenizer, QUESTIONS[name]).expand(batch, -1)
+    return text.prompt(tokenizer, length, text.corpus("heldout"), QUESTIONS[name]).expand(batch, -1)
+
+
+def chat(tokenizer: Any, asked: str) -> Tensor:
+    """int64 `[1, n]`: a question as the model was taught to read one."""
+    message = [{"role": "user", "content": asked}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return torch.tensor([tokenizer(rendered, add_special_tokens=False)["input_ids"]])
 
 
 def problem(name: str, dtype: torch.dtype, length: int, new: int, batch: int) -> Problem:
     """Inputs, call, check and limit of the demo model."""
     model, tokenizer = loaded(dtype)
-    return of_model(model, prompts(name, tokenizer, length, batch), new)
+    return of_model(model, prompts(name, tokenizer, length, batch), new, trees=name.startswith("tree-"))
 
 
 def int4_problem(mode: str, length: int, new: int) -> Problem:
@@ -105,20 +127,34 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
     )
 
 
-def of_model(model: Any, ids: Tensor, new: int, near_tie: float | None = None) -> Problem:
-    """Greedy generation of `new` tokens after each of `ids` `[batch, n]`, eos or not."""
+def of_model(model: Any, ids: Tensor, new: int, near_tie: float | None = None, trees: bool = False) -> Problem:
+    """Greedy generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; with `trees` by tree decoding.
+
+    Every call starts with fresh sources; the cost curve is measured once.
+    """
     view = decoder_model(model)
     batch, length = ids.shape
 
-    def ours() -> Tensor:
-        found: Any = scrimp.generate(view, ids, max_new_tokens=new, ignore_eos=True)
+    last: list[Any] = [None]
+    curves: dict[int, CostCurve] = {}  # by threads
+
+    def generate(draft: Any) -> Tensor:
+        found: Any = scrimp.generate(view, ids, max_new_tokens=new, ignore_eos=True, draft=draft)
         return torch.tensor([completion.tokens for completion in found])
+
+    def ours() -> Tensor:
+        if trees:
+            count = torch.get_num_threads()
+            curve = curves[count] = curves.get(count) or CostCurve.measure(view)
+            last[0] = scrimp.tree_decoding(cost=curve)
+        return generate(last[0])
 
     def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
         def rate(which: str) -> float | None:
             return None if row[which] is None else float(f"{1e3 * batch * new / row[which]:.4g}")
 
-        return {"tokens_per_s": rate("ours_ms"), "peer_tokens_per_s": rate("peer_ms")}
+        rates = {"tokens_per_s": rate("ours_ms"), "peer_tokens_per_s": rate("peer_ms")}
+        return rates if last[0] is None else rates | {"tokens_per_step": float(f"{last[0].tokens_per_step:.4g}")}
 
     with torch.no_grad():
         part = ids[:1, :QUALITY_TOKENS]
@@ -128,7 +164,8 @@ def of_model(model: Any, ids: Tensor, new: int, near_tie: float | None = None) -
         ours=ours,
         check=lambda got: check(model, ids, got, NEAR_TIE[model.dtype] if near_tie is None else near_tie),
         work=work(view, batch, length, new),
-        fields={"profile": "plain", "perplexity_ratio": float(f"{ratio:.6g}")},
+        own={"self-plain": lambda: generate(None)} if trees else {},
+        fields={"n": length, "profile": "tree" if trees else "plain", "perplexity_ratio": float(f"{ratio:.6g}")},
         of_row=of_row,
     )
 

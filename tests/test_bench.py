@@ -14,6 +14,7 @@ import torch
 from scrimp.benchmarks import (
     gelu_mul,
     gpu,
+    kv_compact,
     linear,
     measure,
     merge_attention,
@@ -26,6 +27,7 @@ from scrimp.benchmarks import (
     run,
     silu_mul,
     sparse_attention,
+    tree_accept,
     tree_attention,
     vertical_slash_index,
 )
@@ -33,6 +35,7 @@ from scrimp.benchmarks.registry import Case, Peer, Problem, Work
 from scrimp.benchmarks.results import Row
 from torch import Tensor
 
+import scrimp
 from scrimp import cli, implementations
 from scrimp._registry import OPS
 
@@ -373,6 +376,26 @@ def test_tree_attention_rows(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     out[0, 3, T - 1, 3] += 1e-4
     with pytest.raises(AssertionError, match="out: error"):
         problem.check((out, lse))
+
+
+def test_tree_accept_check_sees_another_token() -> None:
+    for heat in (0.0, 1.0):
+        problem = tree_accept.problem(8, 50, heat, torch.float32)
+        path, chosen = problem.ours()
+        problem.check((path, chosen))
+        assert int((path >= 0).sum()) >= tree_accept.STEPS
+        chosen[0, 1] += 1
+        with pytest.raises(AssertionError, match="chosen is"):
+            problem.check((path, chosen))
+
+
+def test_kv_compact_check_sees_another_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kv_compact.MODELS, "small", (1, 1, 2))
+    problem = kv_compact.problem("small", "four", torch.float32)
+    problem.check(problem.ours())
+    monkeypatch.setattr(scrimp.ops, "kv_compact", lambda *_: None)
+    with pytest.raises(AssertionError, match="other rows were moved"):
+        problem.check(None)
 
 
 def test_merge_attention_check_sees_a_wrong_row() -> None:

@@ -41,6 +41,15 @@ def test_rows(model: Any) -> None:
             assert row["peer_tokens_per_s"] == pytest.approx(1e3 * 8 * batch / row["peer_ms"], rel=1e-2)
 
 
+def test_rows_of_trees(model: Any) -> None:
+    problem = e2e.of_model(model, IDS, 8, trees=True)
+    case = Case("e2e", "tiny", torch.float32, {"m": 2}, ("self-plain", "hf"), lambda: problem)
+    for row in rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0):
+        assert (row["note"], row["profile"]) == ("", "tree")
+        assert row["tokens_per_step"] >= 1
+        assert row["ratio"] > 0
+
+
 def test_a_wrong_token_is_seen(model: Any) -> None:
     problem = e2e.of_model(model, IDS, 8)
     got = problem.ours()

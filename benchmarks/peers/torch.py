@@ -71,6 +71,39 @@ def gelu_mul(gate: Tensor, up: Tensor) -> Peer:
     return Peer(lambda: functional.gelu(gate, approximate="tanh") * up)
 
 
+def tree_accept(
+    logits: Tensor, tokens: Tensor, parents: Tensor, temperature: Tensor, seed: Tensor, position: Tensor
+) -> Peer:
+    """The argmax of every row, drawn by Gumbel noise of torch's own generator where hot, then a walk in Python."""
+
+    def call() -> list[list[int]]:
+        scores = logits.float()
+        if float(temperature[0]) > 0:
+            scores = scores / temperature[:, None, None] - torch.empty_like(scores).exponential_().log()
+        best, above, held = (x.tolist() for x in (scores.argmax(-1), parents, tokens))
+        paths = []
+        for wanted, up, own in zip(best, above, held, strict=True):
+            path, row = list[int](), 0
+            while row >= 0:
+                path.append(row)
+                row = next((t for t in range(len(own)) if up[t] == row and own[t] == wanted[row]), -1)
+            paths.append(path)
+        return paths
+
+    return Peer(call, same=False)
+
+
+def kv_compact(cache: Tensor, start: Tensor, path: Tensor) -> Peer:
+    """A gather into a temporary and a copy back, as Medusa and EAGLE do it; one sequence."""
+    count = int((path[0] >= 0).sum())
+    first, slots = int(start[0]), (start[0] + path[0, :count]).long()
+
+    def call() -> None:
+        cache[:, 0, :, first : first + count] = cache[:, 0].index_select(2, slots)
+
+    return Peer(call, same=False)
+
+
 def rotate_half(x: Tensor) -> Tensor:
     """transformers' way to say it."""
     a, b = x.chunk(2, -1)

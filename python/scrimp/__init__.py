@@ -9,6 +9,7 @@ from .loading import load
 from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
 from .methods.int4 import quantize
+from .methods.tree_decoding import tree_decoding
 from .sparse_plan import SparsePlan
 
 try:
@@ -27,5 +28,6 @@ __all__ = [
     "load",
     "ops",
     "quantize",
+    "tree_decoding",
     "which",
 ]

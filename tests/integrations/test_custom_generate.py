@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import scrimp
 from scrimp import HeadPatterns
 from scrimp.integrations import transformers as integration
 from scrimp.integrations.transformers import custom_generate
 from scrimp.methods.generation import forward
+from scrimp.methods.tree_decoding import CostCurve, LookupDraft, RecyclingDraft, SelfDraft
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,28 @@ def test_greedy_is_that_of_transformers(name: str, model: PreTrainedModel, input
     expected = model.generate(**inputs, **asked)
     got = model.generate(**inputs, **asked, custom_generate=custom_generate)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 3)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_trees_change_nothing(
+    name: str, rows: slice, sampled: bool, model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> None:
+    """Processors and criteria see what they see in plain decoding; logits have the same bits."""
+    asked = {"max_new_tokens": 24, "do_sample": sampled, **OPTIONS[name], "seed": 5}
+    asked |= {"return_dict_in_generate": True, "output_logits": True}
+    some = {key: tensor[rows] for key, tensor in inputs.items()}
+    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=CostCurve({1: 1.0}))
+    expected = model.generate(**some, **asked, custom_generate=custom_generate)
+    for _ in range(2):
+        got = model.generate(**some, **asked, custom_generate=partial(custom_generate, draft=draft))
+        assert torch.equal(got.sequences, expected.sequences)
+        ended = torch.zeros(len(got.sequences), dtype=torch.bool)
+        for step, (mine, theirs) in enumerate(zip(got.logits, expected.logits, strict=True)):
+            assert torch.equal(mine[~ended], theirs[~ended])
+            ended |= torch.isin(got.sequences[:, 40 + step], torch.tensor(asked.get("eos_token_id", 5)))
+    assert draft.report()["self"][0] > 0
 
 
 def test_results_in_a_dictionary(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:

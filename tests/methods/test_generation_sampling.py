@@ -16,7 +16,8 @@ from transformers.generation.logits_process import (
 
 import scrimp
 from scrimp.methods.generation import Sampling
-from scrimp.methods.generation.sampling import choose, gumbel, kept, mix, uniform
+from scrimp.methods.generation.sampling import choose, kept
+from scrimp.ops._noise import gumbel, mix, uniform
 
 LOGITS = torch.tensor([1.0, -2.0, 0.5, 0.5, 3.0, -0.3, 2.2, -7.0])
 

@@ -40,6 +40,7 @@ from ..methods.generation.loop import step
 from ..methods.generation.sampling import choose
 from ..methods.head_patterns import HeadPatterns
 from ..methods.sparse_attention import sparse_prefill
+from ..methods.tree_decoding import TreeDecoding
 from ..sparse_plan import SparsePlan
 
 NAME = "scrimp_sparse"
@@ -245,6 +246,7 @@ def custom_generate(
     generation_config: GenerationConfig,
     seed: int | list[int] | None = None,
     streamer: Any = None,
+    draft: TreeDecoding | None = None,
     **kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Greedy or sampled decoding by scrimp's loop, for `model.generate(..., custom_generate=custom_generate)`.
@@ -255,6 +257,8 @@ def custom_generate(
     Args:
         seed: of the sampling, one for all sequences or one each (`generate(..., seed=1)`); unless given, torch's
             generator draws one for each.
+        draft: of `scrimp.tree_decoding`, bound with functools.partial; a batch goes on with a tree while it holds the
+            next token of every sequence.
         streamer: transformers 5 does not pass its own on to callables; bind it with functools.partial.
 
     Raises:
@@ -278,7 +282,9 @@ def custom_generate(
     known = _layers(model) if model.config._attn_implementation == NAME else []
     patterns = known[0].patterns if known else None
     states = [forward.prefill(cache, b, p, panels=True, patterns=patterns) for b, p in enumerate(prompts)]
-    state = torch.cat(states)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        logits = forward.logits(view, torch.cat(states))[:, 0]  # type: ignore[arg-type]
+    ahead = None if draft is None else draft.lockstep(view, cache, prompts)
     seeds = (
         torch.randint(2**62, (batch,)).tolist() if seed is None else [seed] * batch if isinstance(seed, int) else seed
     )
@@ -288,7 +294,7 @@ def custom_generate(
     scores: list[Tensor] = []
     while True:
         with torch.inference_mode():
-            logits = forward.logits(view, state)[:, 0].float()
+            logits = logits.float()
             processed = logits_processor(input_ids, logits.clone())
             positions = [len(held) for held in cache.tokens]
             tokens = [0 if done[b] else choose(processed[b], positions[b], how[b]) for b in range(batch)]
@@ -303,7 +309,9 @@ def custom_generate(
         done = [before or now for before, now in zip(done, stopped, strict=True)]
         if all(done) or max(positions) + 1 >= room:
             break
-        state = step(cache, [None if d else t for t, d in zip(tokens, done, strict=True)])
+        fed = [None if d else t for t, d in zip(tokens, done, strict=True)]
+        with torch.inference_mode():
+            logits = forward.logits(view, step(cache, fed))[:, 0] if ahead is None else ahead.logits(fed)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:

@@ -2,24 +2,28 @@
 
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
+from .kv_compact import kv_compact
 from .linear import linear
 from .merge_attention import merge_attention
 from .rms_norm import rms_norm
 from .rotary_append import rotary_append
 from .silu_mul import silu_mul
 from .sparse_attention import sparse_attention
+from .tree_accept import tree_accept
 from .tree_attention import tree_attention
 from .vertical_slash_index import vertical_slash_index
 
 __all__ = [
     "gelu_mul",
     "int4_linear",
+    "kv_compact",
     "linear",
     "merge_attention",
     "rms_norm",
     "rotary_append",
     "silu_mul",
     "sparse_attention",
+    "tree_accept",
     "tree_attention",
     "vertical_slash_index",
 ]

@@ -12,6 +12,7 @@ from . import loop
 from .cache import KVCache
 from .forward import MAX_ROWS
 from .huggingface import decoder_model
+from .loop import Drafting
 from .model import DecoderModel
 from .settings import Completion, Piece, Processor, Settings
 
@@ -26,6 +27,7 @@ def generate(
     *,
     cache: KVCache | None = None,
     processors: Sequence[Processor] = (),
+    draft: Drafting | None = None,
     callback: Callable[[Piece], object] | None = None,
     **settings: Any,
 ) -> Completion | list[Completion]:
@@ -42,6 +44,7 @@ def generate(
         cache: keys and values to go on from (`KVCache`): tokens that the prompts share with it are not read again.
         processors: callables of (ids int64 `[1, n]`, logits fp32 `[1, V]`) -> logits, such as those of transformers;
             called for one sequence at a time.
+        draft: of `scrimp.tree_decoding`: several tokens a step, and the same text.
         callback: called with every `Piece` as it comes.
         **settings: the fields of `Settings`: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ...
 
@@ -70,7 +73,7 @@ def generate(
         tokens: list[list[int]] = [[] for _ in group]
         texts = ["" for _ in group]
         reasons: list[Any] = [None for _ in group]
-        for piece in loop.stream(view, group, own, tokenizer, processors, cache):
+        for piece in loop.stream(view, group, own, tokenizer, processors, cache, draft):
             b = piece.sequence
             tokens[b].append(piece.token)
             texts[b] += piece.text
@@ -88,6 +91,7 @@ def stream(
     *,
     cache: KVCache | None = None,
     processors: Sequence[Processor] = (),
+    draft: Drafting | None = None,
     **settings: Any,
 ) -> Iterator[Piece]:
     """Like `generate`, as an iterator of pieces (at most 64 sequences); closing it cancels.
@@ -95,7 +99,7 @@ def stream(
     What had been read and fed stays in `cache`, which can be used again.
     """
     ids, _ = token_lists(prompts, tokenizer)
-    return loop.stream(decoder_model(model), ids, Settings(**settings), tokenizer, processors, cache)
+    return loop.stream(decoder_model(model), ids, Settings(**settings), tokenizer, processors, cache, draft)
 
 
 def token_lists(prompts: Prompts, tokenizer: Any) -> tuple[list[list[int]], bool]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .huggingface import decoder_model
-from .model import DecoderModel
+from .model import MAX_ROWS, DecoderModel
 
 
 class KVCache:
@@ -22,8 +22,9 @@ class KVCache:
 
     Attributes:
         model: whose keys and values they are.
-        keys: for each layer `[B, G, C, D]`, views of the one allocation; C is capacity + 1, the last slot is scratch.
+        keys: for each layer `[B, G, C, D]`, views of the one allocation; C is capacity + scratch.
         values: like `keys`.
+        scratch: last slots, for rows of finished sequences and guesses beyond the capacity; 64 in all.
         tokens: for each sequence the tokens held.
         panels: for each sequence how many of its first tokens were read in panels, and how (see `prefill`).
     """
@@ -38,7 +39,8 @@ class KVCache:
         self.model = model
         self.batch = batch
         self.capacity = capacity
-        shape = (len(model.layers), 2, batch, model.kv_heads, capacity + 1, model.head_dim)
+        self.scratch = max(1, MAX_ROWS // batch)
+        shape = (len(model.layers), 2, batch, model.kv_heads, capacity + self.scratch, model.head_dim)
         self.memory = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.keys = [self.memory[layer, 0] for layer in range(shape[0])]
         self.values = [self.memory[layer, 1] for layer in range(shape[0])]

@@ -12,9 +12,8 @@ from ..._registry import OPS
 from ...sparse_plan import SparsePlan
 from ..head_patterns import HeadPatterns
 from .cache import KVCache
-from .model import DecoderLayer, DecoderModel
+from .model import MAX_ROWS, DecoderLayer, DecoderModel
 
-MAX_ROWS = 64  # rows in all for which every op is row-invariant
 PANEL = 512  # tokens of a panel: a segment of the estimated plans, enough rows for a full-speed matrix product
 
 _rms_norm = OPS["rms_norm"].call

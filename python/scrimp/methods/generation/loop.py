@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import forward
 from .cache import KVCache
+from .choosing import Chooser
 from .model import DecoderModel
-from .sampling import check, choose
 from .settings import Piece, Processor, Reason, Settings
 from .text import TextStream
 
 
-class _Sequence:
+class Text:
     """One sequence on its way."""
 
     def __init__(self, number: int, prompt: list[int], room: int, settings: Settings, batch: int, tokenizer: Any):
@@ -30,7 +29,7 @@ class _Sequence:
         self.text = None if tokenizer is None else TextStream(tokenizer, prompt, settings.stops)
         self.reason: Reason | None = None
 
-    def add(self, token: int, ends: dict[int, Reason]) -> Piece:
+    def add(self, token: int, ends: Mapping[int, Reason]) -> Piece:
         """Takes a new token and decides whether it is the last."""
         self.new.append(token)
         text = ""
@@ -47,6 +46,14 @@ class _Sequence:
         return Piece(self.number, token, text, self.reason)
 
 
+class Drafting(Protocol):
+    """Another way to go on after the first new tokens."""
+
+    def decode(self, model: DecoderModel, cache: KVCache, texts: Sequence[Text], chooser: Chooser) -> Iterator[Piece]:
+        """Pieces of the unfinished texts; `cache.tokens` grows as in plain decoding."""
+        ...
+
+
 def stream(
     model: DecoderModel,
     prompts: Sequence[Sequence[int]],
@@ -54,6 +61,7 @@ def stream(
     tokenizer: Any = None,
     processors: Sequence[Processor] = (),
     cache: KVCache | None = None,
+    draft: Drafting | None = None,
 ) -> Iterator[Piece]:
     """Pieces as they come; closing the iterator cancels, and leaves the cache with what had been read and fed.
 
@@ -89,35 +97,40 @@ def stream(
             raise ValueError(f"prompt {b} has {len(prompt)} tokens, but {what} is of {cache.capacity}")
         if not 0 <= (bad := min(prompt)) <= (bad := max(prompt)) < model.vocabulary:
             raise ValueError(f"prompt {b} has token {bad}; ids are below {model.vocabulary}")
-        sequences.append(_Sequence(b, list(prompt), room, settings, batch, tokenizer))
-    return _stream(model, cache, sequences, settings, list(processors))
+        sequences.append(Text(b, list(prompt), room, settings, batch, tokenizer))
+    return _stream(model, cache, sequences, settings, processors, draft)
 
 
 def _stream(
     model: DecoderModel,
     cache: KVCache,
-    sequences: list[_Sequence],
+    sequences: list[Text],
     settings: Settings,
-    processors: list[Processor],
+    processors: Sequence[Processor],
+    draft: Drafting | None,
 ) -> Iterator[Piece]:
     ends: dict[int, Reason] = dict.fromkeys(settings.stop_ids, "stop")
     ends |= {} if settings.ignore_eos else dict.fromkeys(model.eos, "eos")
+    chooser = Chooser(processors, ends, settings.min_new_tokens)
     with cache.in_use():
         states = [_read(cache, sequence, settings) for sequence in sequences]
         if settings.max_new_tokens == 0:
             return
         state = torch.cat(states)  # type: ignore[arg-type]
         while True:
-            active = [sequence for sequence in sequences if sequence.reason is None]
-            tokens = _next_tokens(model, state, sequences, processors, ends, settings.min_new_tokens)
-            for sequence in active:
-                yield sequence.add(tokens[sequence.number], ends)
+            tokens = _next_tokens(model, state, sequences, chooser)
+            for sequence, token in zip(sequences, tokens, strict=True):
+                if token is not None:
+                    yield sequence.add(token, ends)
             if all(sequence.reason is not None for sequence in sequences):
+                return
+            if draft is not None:
+                yield from draft.decode(model, cache, sequences, chooser)
                 return
             state = step(cache, [None if s.reason is not None else s.new[-1] for s in sequences])
 
 
-def _read(cache: KVCache, sequence: _Sequence, settings: Settings) -> Tensor | None:
+def _read(cache: KVCache, sequence: Text, settings: Settings) -> Tensor | None:
     """Reads a prompt, in the pieces that were asked for; the state of its last token."""
     how = {"panels": settings.prefill == "panels", "patterns": settings.patterns}
     prompt, b = sequence.prompt, sequence.number
@@ -152,37 +165,11 @@ def step(cache: KVCache, tokens: Sequence[int | None]) -> Tensor:
 
 
 @torch.inference_mode()
-def _next_tokens(
-    model: DecoderModel,
-    state: Tensor,
-    sequences: Sequence[_Sequence],
-    processors: Sequence[Processor],
-    ends: dict[int, Reason],
-    minimum: int,
-) -> list[int]:
-    """The next token of every sequence; 0 for finished ones."""
-    logits = forward.logits(model, state)[:, 0]
-    plain = not processors and all(s.sampling.temperature == 0 and len(s.new) >= minimum for s in sequences)
-    if plain:
-        values, found = logits.max(-1)
-        tokens: list[int] = found.tolist()
-        for b, value in enumerate(values.tolist()):
-            if sequences[b].reason is None and not value > -math.inf:
-                check(tokens[b], logits[b])
-        return tokens
-    tokens = []
-    for sequence, row in zip(sequences, logits, strict=True):
-        if sequence.reason is not None:
-            tokens.append(0)
-            continue
-        row = row.float()
-        if len(sequence.new) < minimum:
-            row = row.clone()
-            row[[token for token in ends if 0 <= token < len(row)]] = -math.inf
-        if processors:
-            held = torch.tensor([sequence.prompt + sequence.new], device=row.device)
-            for process in processors:
-                row = process(held, row[None])[0]
-        position = len(sequence.prompt) + len(sequence.new)
-        tokens.append(choose(row, position, sequence.sampling))
-    return tokens
+def _next_tokens(model: DecoderModel, state: Tensor, texts: Sequence[Text], chooser: Chooser) -> list[int | None]:
+    """The next token of every sequence; None for finished ones."""
+    logits = forward.logits(model, state)
+    if not chooser.is_plain(texts):
+        pairs = zip(texts, logits[:, 0], strict=True)
+        return [None if text.reason is not None else chooser.one(row, text) for text, row in pairs]
+    none = torch.full(logits.shape[:2], -1, dtype=torch.int64, device=logits.device)
+    return [tokens[0] if tokens else None for tokens in chooser.together(logits, none, none.int(), texts)[1]]

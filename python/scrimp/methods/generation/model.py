@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .linear import Linear
 
+MAX_ROWS = 64  # rows in all for which every op is row-invariant
 POSITION_BLOCK = 1024
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MASK = (1 << 64) - 1
-GAMMA = 0x9E3779B97F4A7C15  # odd, close to 2^64 / golden ratio: the step of splitmix64
-# g < FARTHEST for every u here, and g > NEAREST: a token further behind the best cannot be drawn.
-FARTHEST, NEAREST = 37.5, -3.7
+from ..._registry import OPS
+from ...ops._noise import signed
+
+_tree_accept = OPS["tree_accept"].call
 
 
 @dataclass(frozen=True)
@@ -48,40 +48,10 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be from 0 to 1")
 
-
-def mix(value: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def uniform(seed: int, position: int, tokens: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), float64, for int64 token ids: `(k + 1/2) / 2^52` of 52 hashed bits.
-
-    The key of (seed, position) is mix(mix(seed) + position GAMMA), the number of a token the top bits of
-    mix(key + (id + 1) GAMMA), all modulo 2^64: splitmix64 entered at the token's place.
-    """
-    key = mix((mix(seed & MASK) + position * GAMMA) & MASK)
-    value = (tokens + 1) * _signed(GAMMA) + _signed(key)
-    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
-    value = value ^ _shifted(value, 31)
-    return (_shifted(value, 12).double() + 0.5) * 2.0**-52
-
-
-def gumbel(seed: int, position: int, tokens: Tensor) -> Tensor:
-    """The noise of tokens, float64."""
-    return -torch.log(-torch.log(uniform(seed, position, tokens)))
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are left out before one is drawn."""
+        return self.temperature > 0 and bool(self.top_k or self.top_p < 1 or self.min_p)
 
 
 def kept(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -119,21 +89,17 @@ def choose(logits: Tensor, position: int, sampling: Sampling) -> int:
     Raises:
         ValueError: a logit is NaN, or none is finite.
     """
-    if sampling.temperature == 0:
-        return check(int(logits.argmax()), logits)
-    scaled = logits.float() / sampling.temperature
-    best = float(scaled.max())
-    if not math.isfinite(best):
-        return check(int(logits.argmax()), logits)
-    # Exact: the token of the largest logit has noise of at least NEAREST, another one below FARTHEST.
-    near = scaled >= best - (FARTHEST - NEAREST)
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-        ids = kept(scaled, sampling)
-        ids = ids[near[ids]]
-    else:
-        ids = near.nonzero().view(-1)
-    drawn = scaled[ids].double() + gumbel(sampling.seed, position, ids)
-    return int(ids[int(drawn.argmax())])
+    row = logits.float()
+    if sampling.filters:
+        scaled = row / sampling.temperature
+        if math.isfinite(float(scaled.max())):
+            ids = kept(scaled, sampling)
+            row = torch.full_like(row, -math.inf).index_copy_(0, ids, row[ids])
+    one = torch.zeros(1, 1, dtype=torch.int64, device=row.device)
+    numbers = (torch.tensor([number], device=row.device) for number in (signed(sampling.seed), position))
+    heat = torch.tensor([sampling.temperature], dtype=torch.float32, device=row.device)
+    token = int(_tree_accept(row[None, None], one, one.int() - 1, heat, *numbers)[1])
+    return token if token >= 0 else check(int(logits.argmax()), logits)
 
 
 def check(token: int, logits: Tensor) -> int:

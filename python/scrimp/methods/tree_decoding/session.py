@@ -1,0 +1,161 @@
+"""Session: one batch of texts decoded in steps of one tree each; what is accepted stays in the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._registry import OPS
+from ..generation import forward
+from ..generation.cache import KVCache
+from ..generation.model import DecoderModel
+from .draft import Accepted, Candidates
+from .knowledge import Knowledge, Running
+from .merge import Merged, worthwhile
+from .tree import Tree, TreeBatch, together
+
+_compact = OPS["kv_compact"].call
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of trees.
+
+    Attributes:
+        trees: of each sequence; those of finished ones are a single row.
+        batch: the trees as tensors.
+        logits: `[B, T, V]` after each row.
+        state: `[B, T, d]`.
+        merged: what the trees were made of; None for finished sequences.
+    """
+
+    trees: list[Tree]
+    batch: TreeBatch
+    logits: Tensor
+    state: Tensor
+    merged: list[Merged | None]
+
+
+class Session:
+    """Texts on their way: `advance` feeds a tree after each, `settle` keeps the right part of it.
+
+    Args:
+        model: the decoder.
+        cache: holds all tokens of each text but the last.
+        texts: of each sequence, the first new token among them; they grow by what is accepted.
+        running: the sources at work.
+        knowledge: acceptance and cost curve, which it adds to.
+        guesses: in a tree at most.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        cache: KVCache,
+        texts: Sequence[Sequence[int]],
+        running: Running,
+        knowledge: Knowledge,
+        guesses: int,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.texts = [list(text) for text in texts]
+        self.limit = min(guesses, forward.MAX_ROWS // cache.batch - 1)
+        self._running = running
+        self._knowledge = knowledge
+        self._chain = any(layer.window for layer in model.layers)
+        self._begin = 0.0
+
+    @torch.inference_mode()
+    def advance(self, depths: Sequence[int | None]) -> Step:
+        """Feeds a tree to every sequence.
+
+        Args:
+            depths: how deep guesses of each sequence can be of use; None for a finished sequence.
+        """
+        self._begin = time.perf_counter()
+        merged = self._merge(depths)
+        curve = self._knowledge.curve(self.model)
+        gains = [one.gains for one in merged if one is not None]
+        count = worthwhile(gains, self.cache.batch, self.limit, curve) if self.limit > 0 else 0
+        trees = [Tree([0], [-1]) if one is None else one.tree(count) for one in merged]
+        batch = together(trees, self.model.device)
+        begin = time.perf_counter()
+        state = self._feed(batch, [depth is None for depth in depths])
+        logits = forward.logits(self.model, state)
+        curve.note(batch.tokens.numel(), time.perf_counter() - begin)
+        return Step(trees, batch, logits, state, merged)
+
+    def _merge(self, depths: Sequence[int | None]) -> list[Merged | None]:
+        texts = [None if depth is None else text for text, depth in zip(self.texts, depths, strict=True)]
+        useful = [min(depth or 0, self.limit) for depth in depths]
+        proposed: list[tuple[str, list[Candidates]]] = []
+        if any(useful):
+            proposed = self._running.propose(texts, useful)
+        found: list[Merged | None] = []
+        for b, text in enumerate(texts):
+            own = [(name, _cut(candidates[b], useful[b])) for name, candidates in proposed]
+            found.append(None if text is None else Merged(text[-1], own, self._knowledge.acceptance, self._chain))
+        return found
+
+    def _feed(self, batch: TreeBatch, idle: Sequence[bool]) -> Tensor:
+        """Rows of finished sequences go to the scratch slots, as if after an empty text."""
+        device, capacity = self.model.device, self.cache.capacity
+        held = [len(text) - 1 for text in self.texts]
+        start = [capacity if off else count for off, count in zip(idle, held, strict=True)]
+        prefix = [0 if off else count for off, count in zip(idle, held, strict=True)]
+        start_t, prefix_t = (torch.tensor(x, dtype=torch.int32, device=device) for x in (start, prefix))
+        return forward.rows(
+            self.model,
+            self.cache.keys,
+            self.cache.values,
+            batch.tokens,
+            start_t,
+            prefix=prefix_t,
+            positions=prefix_t[:, None] + batch.depths,
+            ancestors=None if self._chain else batch.words,
+        )
+
+    @torch.inference_mode()
+    def settle(self, step: Step, paths: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]]) -> None:
+        """Keeps the rows of each path, ascending from row 0 on; empty for a finished sequence.
+
+        Args:
+            chosen: as many tokens for each sequence: those of the path's rows but the first, and the one after them.
+        """
+        device = self.model.device
+        if any(row != i for path in paths for i, row in enumerate(path)):
+            T = max(map(len, paths))
+            rows = torch.tensor([[*path, *[-1] * (T - len(path))] for path in paths], dtype=torch.int32, device=device)
+            start = torch.tensor([len(text) - 1 for text in self.texts], dtype=torch.int32, device=device)
+            _compact(self.cache.memory.flatten(0, 1), start, rows)
+        for b, (path, tokens) in enumerate(zip(paths, chosen, strict=True)):
+            merged = step.merged[b]
+            if merged is None or not path:
+                continue
+            merged.count(tokens, self._knowledge.acceptance)
+            fed = [step.trees[b].tokens[row] for row in path]
+            self._running.update(Accepted(b, fed, step.logits[b, list(path)], step.state[b, list(path)]))
+            self.texts[b] += tokens
+            self._knowledge.steps += 1
+            self._knowledge.tokens += len(tokens)
+        self._running.settle(sum(map(len, chosen)), time.perf_counter() - self._begin)
+
+
+def _cut(candidates: Candidates, depth: int) -> Candidates:
+    """The guesses that are at most so deep."""
+    depths: list[int] = []
+    for parent in candidates.parents:
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    if not depths or max(depths) <= depth:
+        return candidates
+    kept, new = Candidates(), dict[int, int]()
+    for i, own in enumerate(depths):
+        if own <= depth:
+            parent = candidates.parents[i]
+            new[i] = kept.add(candidates.tokens[i], new[parent] if parent >= 0 else -1, candidates.chances[i])
+    return kept

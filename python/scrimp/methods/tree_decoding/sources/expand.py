@@ -1,0 +1,36 @@
+"""A tree from a rule that says what may follow a few tokens."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from ..draft import Candidates
+
+
+def expand(
+    context: tuple[int, ...],
+    follow: Callable[[tuple[int, ...]], Sequence[tuple[int, float]]],
+    guesses: int,
+    depth: int,
+) -> Candidates:
+    """The likeliest `guesses` continuations, each at most `depth` deep.
+
+    Args:
+        context: the last tokens of the text.
+        follow: context -> tokens that may come next and their chances; contexts keep their length.
+    """
+    found = Candidates()
+    heap: list[tuple[float, int, int, int, tuple[int, ...], float]] = []
+    size = len(context)
+
+    def push(parent: int, level: int, path: float, last: tuple[int, ...]) -> None:
+        for rank, (token, chance) in enumerate(follow(last) if level < depth else ()):
+            after = (*last, token)[-size:]
+            heapq.heappush(heap, (-path * chance, len(found) * 100 + rank, parent, level + 1, after, chance))
+
+    push(-1, 0, 1.0, context)
+    while heap and len(found) < guesses:
+        path, _, parent, level, last, chance = heapq.heappop(heap)
+        push(found.add(last[-1], parent, chance), level, -path, last)
+    return found
