@@ -4,6 +4,7 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .head_screen import HeadScreen
 from .int4_weight import Int4Weight
 from .loading import load
 from .methods.generation import KVCache, generate
@@ -19,6 +20,7 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path, not installe
 
 __all__ = [
     "HeadPatterns",
+    "HeadScreen",
     "Int4Weight",
     "KVCache",
     "SparsePlan",
