@@ -9,6 +9,7 @@ from .int4_weight import Int4Weight
 from .loading import load
 from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
+from .methods.heads import compress_head
 from .methods.int4 import quantize
 from .methods.tree_decoding import tree_decoding
 from .sparse_plan import SparsePlan
@@ -25,6 +26,7 @@ __all__ = [
     "KVCache",
     "SparsePlan",
     "__version__",
+    "compress_head",
     "generate",
     "implementations",
     "load",

@@ -55,7 +55,7 @@ class HeadScreen:
             weight: `[V, K]` fp32 or bf16, finite.
             states: hidden states `[n, K]` of typical text: their principal components become the basis, and the
                 first `wide` groups of them keep 8 bits. Without any the basis is the identity, with 8 bits throughout.
-            wide: groups of 8 bits; all without states, else 2.
+            wide: groups of 8 bits; all without states, else two fifths of them.
 
         Raises:
             ValueError: shapes that do not fit, a weight or states that are not finite, `wide` out of range.
@@ -74,7 +74,7 @@ class HeadScreen:
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"HeadScreen: {name} has a value that is not finite")
         groups = -(-K // GROUP)
-        wide = (groups if states is None else min(2, groups)) if wide is None else wide
+        wide = (groups if states is None else -(-2 * groups // 5)) if wide is None else wide
         if not 0 <= wide <= groups:
             raise ValueError(f"HeadScreen: wide={wide} must be from 0 to {groups}, the groups of {K} inputs")
         levels = _levels(groups, wide, weight.device)
