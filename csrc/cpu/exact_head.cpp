@@ -106,12 +106,17 @@ static void find_threshold(const Exact& exact, const Screen& screen, int64_t m, 
   first_of(screen.centre + m * head.tiles, head.tiles, count, top);
   int64_t rows = 0;
   for (int64_t i = 0; i < count; ++i) {
-    float ends[kScreenTile];
-    const int64_t tile = top[i].id, size = screen.tile(m, tile, ends, centres + rows);
-    for (int64_t row = 0; row < size; ++row) ids[rows++] = static_cast<int32_t>(tile * kScreenTile + row);
+    const int64_t tile = top[i].id;
+    for (int64_t row = 0; row < screen.rows_of(tile); ++row, ++rows) {
+      ids[rows] = static_cast<int32_t>(tile * kScreenTile + row);
+      centres[rows] = screen.at(m, ids[rows], 0);
+    }
   }
   first_of(centres, rows, count, top);
-  for (int64_t i = 0; i < count; ++i) guesses[i] = ids[top[i].id];
+  for (int64_t i = 0; i < count; ++i) {
+    guesses[i] = ids[top[i].id];
+    exact.prefetch(guesses[i]);
+  }
   for (int64_t i = 0; i < count; i += kLinearOutputs)
     exact.logits(m, 0, guesses + i, std::min(kLinearOutputs, count - i), logits + i);
   first_of(logits, count, head.k, top);
@@ -124,7 +129,7 @@ static void find_threshold(const Exact& exact, const Screen& screen, int64_t m, 
 // Computes the logits of the rows in `tiles` tiles from `first` on whose intervals reach the threshold.
 static void search(const Exact& exact, const Screen& screen, int64_t m, int64_t first, int64_t tiles, Survivors& found,
                    Logit* survivors) {
-  const float* best = screen.upper + m * exact.head.tiles;
+  const float *best = screen.upper + m * exact.head.tiles, bound = *(screen.bound + m);
   int32_t ids[kLinearOutputs];
   float logits[kLinearOutputs];
   int64_t held = 0;
@@ -138,12 +143,11 @@ static void search(const Exact& exact, const Screen& screen, int64_t m, int64_t 
   };
   for (int64_t tile = first; tile < first + tiles; ++tile) {
     if (best[tile] < found.threshold) continue;
-    float ends[kScreenTile], centres[kScreenTile];
-    const int64_t rows = screen.tile(m, tile, ends, centres);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (ends[i] < found.threshold) continue;
-      exact.prefetch(tile * kScreenTile + i);
-      ids[held++] = static_cast<int32_t>(tile * kScreenTile + i);
+    for (int64_t i = 0; i < screen.rows_of(tile); ++i) {
+      const int64_t row = tile * kScreenTile + i;
+      if (screen.at(m, row, bound) < found.threshold) continue;
+      exact.prefetch(row);
+      ids[held++] = static_cast<int32_t>(row);
       if (held == kLinearOutputs) flush();
     }
   }

@@ -33,11 +33,10 @@ struct ScreenBlock {
   const float* bound;     // [rows]
   const uint8_t* codes;   // [tiles, bytes of a tile]
   const float* scales;    // [tiles, 16]
+  float* totals;          // [rows, tiles, 16], a row every 16 best_stride: centres without the rows' scales
   float* upper;           // [rows, tiles], a row every best_stride: a tile's highest upper end
   float* centre;          // like upper: its highest centre
   int64_t best_stride;
-  float* upper_ends;  // [16] of one hidden state and one tile, or null
-  float* centres;     // like upper_ends
 };
 
 }  // namespace scrimp

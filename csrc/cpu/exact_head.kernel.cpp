@@ -19,15 +19,17 @@ constexpr int64_t kAhead = 4096;  // bytes
 
 typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
 
-// Lane by lane the sum of two products of signed 16-bit words.
-SCRIMP_INLINE IntVec dot_pairs(Words a, IntVec b) {
-#if defined(__AVX512F__)
-  return (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+// Lane by lane `sum` and two products of signed 16-bit words.
+SCRIMP_INLINE IntVec add_pairs(IntVec sum, Words a, IntVec b) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)
+  return sum + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  return (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return sum + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
   const IntVec x = (IntVec)a;
-  return (x << 16 >> 16) * (b << 16 >> 16) + (x >> 16) * (b >> 16);
+  return sum + (x << 16 >> 16) * (b << 16 >> 16) + (x >> 16) * (b >> 16);
 #endif
 }
 
@@ -42,12 +44,13 @@ SCRIMP_INLINE void add_group(IntVec (&sum)[C], const uint8_t* codes, const int32
   for (int vector = 0; vector < 2 * Bits; ++vector) {
     Words words;
     memcpy(&words, codes + vector * kVectorBytes, sizeof words);
+    __builtin_prefetch(codes + vector * kVectorBytes + kAhead, 0, 2);
 #pragma GCC unroll 4
     for (int field = 0; field < kFields; ++field) {
       Words piece = words >> Bits * field;
       if (field + 1 < kFields) piece &= kMask;
       for_vectors<1, C>([&](int, int c) {
-        sum[c] += dot_pairs(piece, broadcast_pair(pairs[c * stride + vector * kFields + field]));
+        sum[c] = add_pairs(sum[c], piece, broadcast_pair(pairs[c * stride + vector * kFields + field]));
       });
     }
   }
@@ -70,10 +73,7 @@ SCRIMP_INLINE void add_groups(const ScreenBlock& b, int64_t first, const uint8_t
     });
     codes += 2 * kBits * kVectorBytes;
   };
-  for (int64_t g = 0; g < b.wide; ++g) {
-    __builtin_prefetch(codes + kAhead, 0, 2);
-    group(Int<8>{}, g);
-  }
+  for (int64_t g = 0; g < b.wide; ++g) group(Int<8>{}, g);
   for (int64_t g = b.wide; g < b.groups; ++g) group(Int<4>{}, g);
 }
 
@@ -88,9 +88,7 @@ void screen_tile(const ScreenBlock& b, int64_t first, const uint8_t* codes, cons
       const Vec middle = scale * total[c], end = scale * (total[c] + broadcast(b.bound[first + c]));
       centre[c] = lane ? max(centre[c], middle) : middle;
       upper[c] = lane ? max(upper[c], end) : end;
-      if (!b.centres) return;
-      store(b.centres + lane, middle);
-      store(b.upper_ends + lane, end);
+      store(b.totals + ((first + c) * b.best_stride + tile) * kScreenTile + lane, total[c]);
     });
   }
   for_vectors<1, C>([&](int, int c) {

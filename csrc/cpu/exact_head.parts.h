@@ -88,6 +88,7 @@ struct Screen {
   const Head& head;
   Buffer<int32_t> pairs, offset;
   Buffer<float> step, bound;
+  Buffer<float> totals;         // [M, tiles, 16], centres without the rows' scales
   Buffer<float> upper, centre;  // [M, tiles], the highest of a tile
   std::vector<char> usable;     // whether the bound is a number
 
@@ -97,6 +98,7 @@ struct Screen {
         offset(head.M * head.groups),
         step(head.M * head.groups),
         bound(head.M),
+        totals(head.M * head.tiles * kScreenTile),
         upper(head.M * head.tiles),
         centre(head.M * head.tiles),
         usable(head.M) {
@@ -179,14 +181,13 @@ struct Screen {
             .bound = bound + m,
             .codes = static_cast<const uint8_t*>(head.codes.data_ptr()) + tile * head.tile_bytes(),
             .scales = static_cast<const float*>(head.scales.data_ptr()) + tile * kScreenTile,
+            .totals = totals + (m * head.tiles + tile) * kScreenTile,
             .upper = upper + m * head.tiles + tile,
             .centre = centre + m * head.tiles + tile,
-            .best_stride = head.tiles,
-            .upper_ends = nullptr,
-            .centres = nullptr};
+            .best_stride = head.tiles};
   }
 
-  // Fills `upper` and `centre`.
+  // Fills `totals`, `upper` and `centre`.
   void scan() const {
     for_each_item((head.tiles + kItemTiles - 1) / kItemTiles, [&](int64_t item, int64_t) {
       const int64_t first = item * kItemTiles, count = std::min(kItemTiles, head.tiles - first);
@@ -195,17 +196,12 @@ struct Screen {
     });
   }
 
-  // The intervals of one tile's rows, and how many rows of the head it has.
-  int64_t tile(int64_t m, int64_t tile, float* upper_ends, float* centres) const {
-    ScreenBlock one = block(m, 1, tile, 1);
-    float highest[2];
-    one.upper = highest;
-    one.centre = highest + 1;
-    one.upper_ends = upper_ends;
-    one.centres = centres;
-    SCRIMP_KERNEL(exact_head_screen)(one);
-    return std::min(kScreenTile, head.V - tile * kScreenTile);
+  // The middle of a row's interval where `by` is 0, its upper end where it is the bound.
+  float at(int64_t m, int64_t row, float by) const {
+    return static_cast<const float*>(head.scales.data_ptr())[row] * (*(totals + m* head.tiles* kScreenTile + row) + by);
   }
+
+  int64_t rows_of(int64_t tile) const { return std::min(kScreenTile, head.V - tile * kScreenTile); }
 };
 
 }  // namespace scrimp

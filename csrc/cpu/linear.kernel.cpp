@@ -224,13 +224,13 @@ struct Block {
 
   // The sums of outputs [n, n + kTile), for all rows.
   void outputs(int64_t n) {
-    const char* first = weight(n);
+    const char *first = weight(n), *after = b.index ? weight(n + kTile) : first + kTile * stride;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t step = whole * chunk / chunks, end = whole * (chunk + 1) / chunks;
-      const char* next = chunk + 1 < chunks ? first + end * kStepBytes : first + kTile * stride;
+      const char* next = chunk + 1 < chunks ? first + end * kStepBytes : after;
       const int64_t share = (end - step + groups.count - 1) / groups.count * kStepBytes;
       for (int64_t group = 0; group < groups.count; ++group) {
-        Strip strip{{}, end - step, next + group * share, stride, groups.count};
+        Strip strip{{}, end - step, next + group * share, b.index ? 0 : stride, groups.count};
         for (int r = 0; r < kTile; ++r) {
           strip.weight[r] = weight(n + r) + step * kStepBytes;
         }

@@ -193,7 +193,7 @@ def test_compiles_and_exports_as_one_node() -> None:
 
 
 W = torch.randn(20, 70)
-S = HeadScreen.build(W, torch.randn(80, 70))
+S = HeadScreen.build(W, torch.randn(80, 70), wide=2)
 X = torch.zeros(2, 70)
 BAD = {
     "scalar x": ((X[0, 0], W, S, 1), r"x must be \[.., K\], got a scalar"),
