@@ -31,6 +31,11 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     return Peer(lambda: merge(out_a, lse_a, out_b, lse_b))
 
 
+def exact_head(x: Tensor, heads: Iterator[Tensor], k: int) -> Peer:
+    """The dense head and topk."""
+    return Peer(lambda: functional.linear(x, next(heads)).topk(k))
+
+
 def linear(x: Tensor, turns: Iterator[list[Tensor]], added: Tensor | None) -> Peer:
     """One F.linear for each weight, as a model calls them; their results stay apart."""
 

@@ -1,5 +1,6 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
+from .exact_head import exact_head
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
 from .kv_compact import kv_compact
@@ -14,6 +15,7 @@ from .tree_attention import tree_attention
 from .vertical_slash_index import vertical_slash_index
 
 __all__ = [
+    "exact_head",
     "gelu_mul",
     "int4_linear",
     "kv_compact",

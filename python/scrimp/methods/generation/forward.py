@@ -12,6 +12,7 @@ from ..._registry import OPS
 from ...sparse_plan import SparsePlan
 from ..head_patterns import HeadPatterns
 from .cache import KVCache
+from .linear import Head
 from .model import MAX_ROWS, DecoderLayer, DecoderModel
 
 PANEL = 512  # tokens of a panel: a segment of the estimated plans, enough rows for a full-speed matrix product
@@ -132,10 +133,19 @@ def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:
     return ranges + columns <= patterns.heads * (n_k - n_q / 2) / 2
 
 
-def logits(model: DecoderModel, state: Tensor) -> Tensor:
-    """Logits `[.., V]` of states `[.., d]` as `rows` and `panel` return them; row-invariant for up to 64 rows."""
-    out: Tensor = model.head(_rms_norm(state, *model.norm))
-    return out
+def logits(model: DecoderModel, state: Tensor, largest: int | None = None) -> Tensor:
+    """Logits `[.., V]` of states `[.., d]` as `rows` and `panel` return them; row-invariant for up to 64 rows.
+
+    Args:
+        model: the decoder.
+        state: `[.., d]`.
+        largest: how many of the largest logits the choice of a token depends on, 0 for all: a `Head` may give -inf for
+            the others. None where it is not about choosing a token.
+    """
+    x = _rms_norm(state, *model.norm)
+    if largest is not None and isinstance(model.head, Head):
+        return model.head.largest(x, largest)
+    return model.head(x)
 
 
 @torch.inference_mode()

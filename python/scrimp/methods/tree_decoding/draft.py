@@ -44,7 +44,7 @@ class Accepted:
     Attributes:
         sequence: its number in the batch.
         rows: tokens of the rows on the accepted path: the last token of the text before the step, then right guesses.
-        logits: `[n, V]` after each of them.
+        logits: `[n, V]` after each of them; some heads give the largest 8 and -inf for the others.
         state: `[n, d]`, the states before the last norm.
     """
 

@@ -18,6 +18,8 @@ from .knowledge import Knowledge, Running
 from .merge import Merged, worthwhile
 from .tree import Tree, TreeBatch, together
 
+LEARNT = 8  # largest logits of which sources learn
+
 _compact = OPS["kv_compact"].call
 
 
@@ -28,7 +30,7 @@ class Step:
     Attributes:
         trees: of each sequence; those of finished ones are a single row.
         batch: the trees as tensors.
-        logits: `[B, T, V]` after each row.
+        logits: `[B, T, V]` after each row; -inf where a `Head` left one out (`scrimp.methods.generation.linear`).
         state: `[B, T, d]`.
         merged: what the trees were made of; None for finished sequences.
     """
@@ -71,11 +73,12 @@ class Session:
         self._begin = 0.0
 
     @torch.inference_mode()
-    def advance(self, depths: Sequence[int | None]) -> Step:
+    def advance(self, depths: Sequence[int | None], largest: int = 0) -> Step:
         """Feeds a tree to every sequence.
 
         Args:
             depths: how deep guesses of each sequence can be of use; None for a finished sequence.
+            largest: how many of the largest logits the choice of tokens depends on; 0 for all.
         """
         self._begin = time.perf_counter()
         merged = self._merge(depths)
@@ -86,7 +89,7 @@ class Session:
         batch = together(trees, self.model.device)
         begin = time.perf_counter()
         state = self._feed(batch, [depth is None for depth in depths])
-        logits = forward.logits(self.model, state)
+        logits = forward.logits(self.model, state, max(largest, LEARNT) if largest else 0)
         curve.note(batch.tokens.numel(), time.perf_counter() - begin)
         return Step(trees, batch, logits, state, merged)
 
