@@ -41,7 +41,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x
                                                                  const OptionalTensor& center_any,
                                                                  const OptionalTensor& whole_any, int64_t rule,
                                                                  bool common) {
-  const FloatKind kind = float_kind("channel_select: x", x);
+  const std::optional<FloatType> type = float_type(x);
+  SCRIMP_CHECK(type, "channel_select: x must be float32, bfloat16 or float16 on the CPU");
   check(x, level, scale_any, center_any, whole_any, rule);
   const int64_t K = x.size(x.dim() - 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -89,7 +90,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x
             .mask = masks.get() + m * K,
             .kept = to.row(m),
             .energy = static_cast<float*>(energy.data_ptr()) + 2 * m,
-            .kind = kind};
+            .type = *type};
   };
   const auto finish = [&](int64_t m, SelectCut cut) { keep(row(m), is_whole && is_whole[m] ? kSelectAll : cut); };
   if (common) {

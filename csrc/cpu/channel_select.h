@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
-#include "common/float_kind.h"
+#include "common/float_type.h"
 
 namespace scrimp {
 
@@ -18,9 +18,9 @@ struct SelectRow {
   float* score;                 // [channels]
   const float* judged;          // [channels], what the cut is compared with: `score`, or one choice for all rows
   int8_t* mask;                 // [channels], -1 where kept
-  void* kept;                   // of x's kind
+  void* kept;                   // of x's type
   float* energy;                // [2]: dropped, all
-  FloatKind kind;
+  FloatType type;
 };
 
 // Kept are the scores above `score`, those equal to it up to channel `last`, and NaN.

@@ -1,8 +1,8 @@
 // channel_select, the loops: score, cut, keep, list. A row's sums have a fixed order of their own.
 #include "cpu/channel_select.h"
 
-#include "common/half.h"
 #include "common/simd.h"
+#include "common/with_type.h"
 
 namespace scrimp::SCRIMP_ISA {
 namespace {
@@ -30,22 +30,22 @@ SCRIMP_INLINE float sum_chains(Vec (&sum)[kChains]) {
 
 // x - center of channels [i, i + n), zeros behind them
 template <class T>
-SCRIMP_INLINE Vec moved(const SelectRow& row, int64_t i, int64_t n) {
-  const Vec x = load_first(static_cast<const T*>(row.x) + i, n);
+SCRIMP_INLINE Vec moved(const SelectRow& row, const T* input, int64_t i, int64_t n) {
+  const Vec x = load_first(input + i, n);
   return row.center ? x - load_first(row.center + i, n) : x;
 }
 
 template <class T>
-void score(const SelectRow& row) {
+void score(const SelectRow& row, const T* input) {
   for (int64_t i = 0; i < row.channels; i += kLanes) {
     const int64_t n = row.channels - i;
-    const Vec x = moved<T>(row, i, n);
+    const Vec x = moved(row, input, i, n);
     store_first(row.score + i, absolute(row.scale ? x * load_first(row.scale + i, n) : x), n);
   }
 }
 
 template <class T>
-void keep(const SelectRow& row, SelectCut cut) {
+void keep(const SelectRow& row, const T* input, SelectCut cut) {
   const Vec level = broadcast(cut.score);
   Vec dropped[kChains] = {}, all[kChains] = {};
   IntVec channel;
@@ -56,7 +56,7 @@ void keep(const SelectRow& row, SelectCut cut) {
     const Vec score = load_first(row.score + i, n), judged = load_first(row.judged + i, n);
     const IntVec tied = (judged == level) & (channel <= cut.last);
     const IntVec chosen = ~(judged <= level) | tied;
-    store_first(static_cast<T*>(row.kept) + i, chosen ? moved<T>(row, i, n) : Vec{}, n);
+    store_first(static_cast<T*>(row.kept) + i, chosen ? moved(row, input, i, n) : Vec{}, n);
     dropped[chain] = fma(chosen ? Vec{} : score, score, dropped[chain]);
     all[chain] = fma(score, score, all[chain]);
     const ByteVec bytes = __builtin_convertvector(chosen, ByteVec);
@@ -122,7 +122,7 @@ SelectCut top_p(const float* score, int64_t channels, float level) {
 }  // namespace
 
 void channel_select_score(const SelectRow& row) {
-  with_float(row.kind, [&](auto kind) { score<decltype(kind)>(row); });
+  with_type(row.type, row.x, [&](auto* input) { score(row, input); });
 }
 
 SelectCut channel_select_cut(const float* score, int64_t channels, SelectRule rule, float level) {
@@ -145,7 +145,7 @@ void channel_select_mean(float* score, const float* scores, int64_t rows, int64_
 }
 
 void channel_select_keep(const SelectRow& row, SelectCut cut) {
-  with_float(row.kind, [&](auto kind) { keep<decltype(kind)>(row, cut); });
+  with_type(row.type, row.x, [&](auto* input) { keep(row, input, cut); });
 }
 
 int32_t channel_select_list(int8_t* masks, int64_t rows, int64_t channels, int32_t* index) {

@@ -16,7 +16,7 @@ namespace scrimp {
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRun = 4096;       // outputs of a channel that a thread reads in one go, where rows are few
+constexpr int64_t kRun = 16384;      // outputs of a channel that a thread reads in one go, where rows are few
 constexpr int64_t kSums = 4 * kRun;  // outputs times rows that are in the cache at once
 constexpr int64_t kAlone = 1 << 17;  // bytes of weights below which a second thread does not pay
 
@@ -59,7 +59,8 @@ static int64_t check_list(const Tensor& index, const Tensor& count, int64_t K) {
 
 static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index_any, const Tensor& count,
                             const OptionalTensor& bias_any, const OptionalTensor& residual) {
-  const FloatKind kind = float_kind("sparse_linear: x", x);
+  const std::optional<FloatType> type = float_type(x);
+  SCRIMP_CHECK(type, "sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
   check(x, weight, index_any, count, bias_any, residual);
   const int64_t K = weight.size(0), N = weight.size(1), size = x.element_size();
   const Tensor index = as_contiguous(index_any);
@@ -92,7 +93,7 @@ static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
     }
     const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
     SCRIMP_KERNEL(sparse_linear_pack)
-    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed.get(), .kind = kind});
+    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed.get(), .type = *type});
     for_each_item(items, workers, [&](int64_t item, int64_t worker) {
       const int64_t n = item * width;
       kernel({.rows = rows,
@@ -109,7 +110,7 @@ static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
               .out_stride = N,
               .part = sums.get() + 2 * worker * rows_most * width,
               .total = sums.get() + (2 * worker + 1) * rows_most * width,
-              .kind = kind});
+              .type = *type});
     });
   }
   return out;

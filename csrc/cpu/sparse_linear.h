@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
-#include "common/float_kind.h"
+#include "common/float_type.h"
 
 namespace scrimp {
 
@@ -16,10 +16,10 @@ struct SparseLinearRows {
   const void* const* x;  // [rows]
   const int32_t* index;  // [listed]
   float* packed;         // [listed * rows]
-  FloatKind kind;
+  FloatType type;
 };
 
-// Some outputs for all rows; weight, bias, residual and out are of `kind`.
+// Some outputs for all rows; weight, bias, residual and out are of `type`.
 struct SparseLinearBlock {
   int64_t rows, listed, outputs;
   const float* packed;
@@ -32,7 +32,7 @@ struct SparseLinearBlock {
   void* out;
   int64_t out_stride;
   float *part, *total;  // [rows * outputs] of memory each
-  FloatKind kind;
+  FloatType type;
 };
 
 }  // namespace scrimp

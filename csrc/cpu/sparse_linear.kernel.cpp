@@ -4,9 +4,9 @@
 // listed for another row's sake adds a zero, which changes no bit.
 #include "cpu/sparse_linear.h"
 
-#include "common/half.h"
 #include "common/simd.h"
 #include "common/unroll.h"
+#include "common/with_type.h"
 
 namespace scrimp::SCRIMP_ISA {
 namespace {
@@ -72,8 +72,8 @@ void flush(const SparseLinearBlock& b) {
   memset(b.part, 0, sizeof(float) * b.rows * b.outputs);
 }
 
-template <class T, int V>
-void run(const SparseLinearBlock& b) {
+template <int V, class T>
+void run(const SparseLinearBlock& b, const T*) {
   memset(b.total, 0, sizeof(float) * b.rows * b.outputs);
   memset(b.part, 0, sizeof(float) * b.rows * b.outputs);
   const auto end_of = [&](int64_t first) {
@@ -102,7 +102,7 @@ void run(const SparseLinearBlock& b) {
 
 // packed[group of rows][listed][row of the group]
 template <class T>
-void pack(const SparseLinearRows& r) {
+void pack(const SparseLinearRows& r, const T*) {
   float* to = r.packed;
   for (int64_t first = 0; first < r.rows; first += kGroup) {
     const int64_t size = r.rows - first < kGroup ? r.rows - first : kGroup;
@@ -115,12 +115,12 @@ void pack(const SparseLinearRows& r) {
 }  // namespace
 
 void sparse_linear_pack(const SparseLinearRows& rows) {
-  with_float(rows.kind, [&](auto kind) { pack<decltype(kind)>(rows); });
+  with_type(rows.type, rows.x[0], [&](auto* x) { pack(rows, x); });
 }
 
 void sparse_linear(const SparseLinearBlock& block) {
-  with_float(block.kind,
-             [&](auto kind) { block.rows == 1 ? run<decltype(kind), 8>(block) : run<decltype(kind), 4>(block); });
+  with_type(block.type, block.weight,
+            [&](auto* weight) { block.rows == 1 ? run<8>(block, weight) : run<4>(block, weight); });
 }
 
 }  // namespace scrimp::SCRIMP_ISA

@@ -78,7 +78,7 @@ def sparse_linear(
     `channel_select` makes x, index and count. Where a row has zeros in listed channels (other rows need them), its
     result has the same bits as with a list of its own: products are summed in fp32 in an order that depends on the
     channels alone, and rounded once. So a row's result does not depend on the other rows, their number or the number
-    of threads, as long as the weights are finite.
+    of threads, as long as the weights are finite. Meant for few rows: more than 64 are taken 64 at a time.
 
     Args:
         x: `[.., K]` fp32, bf16 or fp16; any strides (cheapest where the last is 1).

@@ -3,6 +3,6 @@
 
 namespace scrimp {
 
-enum class FloatKind : int { fp32, bf16, fp16 };
+enum class FloatType : int { fp32, bf16, fp16 };
 
 }  // namespace scrimp
