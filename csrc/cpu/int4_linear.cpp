@@ -12,25 +12,13 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/float_dtype.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 
 namespace scrimp {
 
 using torch::headeronly::ScalarType;
-
-static std::optional<FloatType> float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    case ScalarType::Half:
-      return FloatType::fp16;
-    default:
-      return std::nullopt;
-  }
-}
 
 static void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/float_type.h"
 
 namespace scrimp {
 
@@ -13,7 +14,6 @@ constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
 constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
 constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch
 
-enum class FloatType : int { fp32, bf16, fp16 };
 enum class Int4Zeros : int { none, shift, offset };  // c[q] s, (q - z) s, q s + z
 
 // Rows of x made ready for `int4_panel`. A block is min(group, 128) columns; columns behind the last one are zeros.

@@ -4,6 +4,7 @@
 // over a block of columns are taken in the order of the columns and added up in the order of the blocks, for every
 // number of rows alike: a row's result does not depend on the others.
 #pragma GCC optimize("fp-contract=off")  // int8 mode rounds every operation; fused ones are written fma()
+#include "common/with_type.h"
 #include "cpu/int4_linear.tiles.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -12,14 +13,6 @@ namespace {
 constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
-// Calls body(p as a pointer to its type).
-template <class Body>
-SCRIMP_INLINE auto with_type(FloatType type, const void* p, Body body) {
-  if (type == FloatType::fp32) return body(static_cast<const float*>(p));
-  if (type == FloatType::bf16) return body(static_cast<const BFloat16*>(p));
-  return body(static_cast<const Float16*>(p));
-}
-
 // ---- rows of x ----
 
 // fp32, in the order of the weight's columns, zeros behind them to the end of a chunk.
@@ -27,7 +20,7 @@ const float* ordered(const Int4Row& row) {
   const int64_t columns = row.to->columns, padded = (columns + kInt4Chunk - 1) / kInt4Chunk * kInt4Chunk;
   with_type(row.type, row.x, [&](auto* x) {
     if (row.permutation) {
-      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = load_first(x + row.permutation[k], 1)[0];
+      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = one(x + row.permutation[k]);
     } else {
       for (int64_t k = 0; k < columns; k += kLanes) {
         store_first(row.scratch + k, load_first(x + k, columns - k), columns - k);
