@@ -50,6 +50,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": avx2, "avx512": avx2 + avx512, "avx512vnni": avx2 + avx512 + vnni}
 
 
+# Kernels that promise the bits of operations rounded one by one; what they fuse they write as fma().
+KERNEL_FLAGS = {"int4_linear.kernel": ["-ffp-contract=off"]}
+
+
 def find_cuda() -> tuple[str, str] | None:
     """nvcc and the libcudart to link, or None where the CUDA kernels are left out."""
     wish = os.environ.get("SCRIMP_CUDA", "")
@@ -126,7 +130,9 @@ def compilations() -> dict[str, list[tuple[Path, str, list[str]]]]:
         for source in sorted(set(once) - set(kernels))
     ]
     for isa, flags in ISA_FLAGS.items():
-        ops += [(source, f"{source.stem}.{isa}", [f"-DSCRIMP_ISA={isa}", *flags]) for source in kernels]
+        for source in kernels:
+            own = [f"-DSCRIMP_ISA={isa}", *flags, *KERNEL_FLAGS.get(source.stem, [])]
+            ops.append((source, f"{source.stem}.{isa}", own))
     host = [(source, source.stem, []) for source in sorted((CSRC / "host").glob("*.cpp"))]
     return {"_C": ops, "_host": host}
 
