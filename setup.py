@@ -2,6 +2,7 @@
 
     csrc/*.cpp, csrc/common/*.cpp, csrc/cpu/*.cpp   compiled once                          -> _C
     csrc/cpu/*.kernel.cpp                           compiled once per instruction set      -> _C
+    csrc/cpu/*.vnni.kernel.cpp                      and once more for AVX-512 with VNNI    -> _C
     csrc/cuda/*.cu                                  compiled where torch has CUDA          -> _C
     csrc/host/*.cpp                                 compiled once, no torch                -> _host
 
@@ -126,7 +127,8 @@ def compilations() -> dict[str, list[tuple[Path, str, list[str]]]]:
         for source in sorted(set(once) - set(kernels))
     ]
     for isa, flags in ISA_FLAGS.items():
-        ops += [(source, f"{source.stem}.{isa}", [f"-DSCRIMP_ISA={isa}", *flags]) for source in kernels]
+        asking = [source for source in kernels if isa != "avx512vnni" or source.name.endswith(".vnni.kernel.cpp")]
+        ops += [(source, f"{source.stem}.{isa}", [f"-DSCRIMP_ISA={isa}", *flags]) for source in asking]
     host = [(source, source.stem, []) for source in sorted((CSRC / "host").glob("*.cpp"))]
     return {"_C": ops, "_host": host}
 
