@@ -139,7 +139,7 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
                                   : p.kind == Int4Zeros::none ? 8
                                                               : 0,
                         .int8 = p.int8};
-  const auto pack = SCRIMP_KERNEL(int4_pack);
+  const auto pack = SCRIMP_VNNI_KERNEL(int4_pack);
   for_each_item(rows, rows == 1 ? 1 : workers, [&](int64_t row, int64_t worker) {
     pack({.to = &packed,
           .row = row,
@@ -155,7 +155,7 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const auto* all_scales = static_cast<const char*>(p.scales.data_ptr());
   const auto* all_zeros = static_cast<const char*>(data(p.zeros));
   const auto* bias = static_cast<const char*>(data(p.bias));
-  const auto kernel = SCRIMP_KERNEL(int4_panel);
+  const auto kernel = SCRIMP_VNNI_KERNEL(int4_panel);
   for_each_item(panels, std::min(workers, panels), [&](int64_t panel, int64_t worker) {
     const int64_t n = panel * kInt4Panel, next = std::min(n + workers * kInt4Panel, p.N - 1);
     kernel({.x = &packed,

@@ -69,4 +69,4 @@ inline int64_t int4_scratch(int64_t rows, int64_t blocks) {
 }  // namespace scrimp
 
 // int4_pack packs one row of x, int4_panel multiplies all rows with a panel of the weight.
-SCRIMP_DECLARE_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))
+SCRIMP_DECLARE_VNNI_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))

@@ -4,7 +4,6 @@
 // over a block of columns are taken in the order of the columns and added up in the order of the blocks, for every
 // number of rows alike: a row's result does not depend on the others. The file is compiled with -ffp-contract=off,
 // because int8 mode rounds every operation; fused ones are written fma().
-#include "common/with_type.h"
 #include "cpu/int4_linear.row.h"
 #include "cpu/int4_linear.tiles.h"
 
