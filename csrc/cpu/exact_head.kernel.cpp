@@ -35,9 +35,9 @@ SCRIMP_INLINE IntVec add_pairs(IntVec sum, Words a, IntVec b) {
 
 SCRIMP_INLINE IntVec broadcast_pair(int32_t pair) { return (IntVec)broadcast(__builtin_bit_cast(float, pair)); }
 
-// sum[c] += one group of kLanes rows of the head x hidden state c
+// sum[c] += one group of kLanes rows of the head x hidden state c, whose pairs lie every `stride`
 template <int Bits, int C>
-SCRIMP_INLINE void add_group(IntVec (&sum)[C], const uint8_t* codes, const int32_t* pairs, int64_t stride) {
+SCRIMP_INLINE void add_group(IntVec (&sum)[2][C], const uint8_t* codes, const int32_t* pairs, int64_t stride) {
   constexpr int kFields = 16 / Bits;
   constexpr uint16_t kMask = (1 << Bits) - 1;
 #pragma GCC unroll 4
@@ -49,9 +49,9 @@ SCRIMP_INLINE void add_group(IntVec (&sum)[C], const uint8_t* codes, const int32
     for (int field = 0; field < kFields; ++field) {
       Words piece = words >> Bits * field;
       if (field + 1 < kFields) piece &= kMask;
-      for_vectors<1, C>([&](int, int c) {
-        sum[c] = add_pairs(sum[c], piece, broadcast_pair(pairs[c * stride + vector * kFields + field]));
-      });
+      IntVec(&part)[C] = sum[field % 2];  // two chains of additions that need not wait for each other
+      for_vectors<1, C>([&](int, int c) { part[c] = add_pairs(part[c], piece, broadcast_pair(pairs[c])); });
+      pairs += stride;
     }
   }
 }
@@ -59,17 +59,16 @@ SCRIMP_INLINE void add_group(IntVec (&sum)[C], const uint8_t* codes, const int32
 // Centres of kLanes rows of the head for C hidden states from `first` on, without the rows' scales.
 template <int C>
 SCRIMP_INLINE void add_groups(const ScreenBlock& b, int64_t first, const uint8_t* codes, Vec (&total)[C]) {
-  const int64_t stride = b.groups * kPairs;
-  const int32_t* pairs = b.pairs + first * stride;
+  const int32_t* pairs = b.pairs + first;
   const int32_t* offset = b.offset + first * b.groups;
   const float* step = b.step + first * b.groups;
   const auto group = [&](auto bits, int64_t g) {
     constexpr int kBits = decltype(bits)::value;
-    IntVec sum[C];
-    for_vectors<1, C>([&](int, int c) { sum[c] = -broadcast_pair(offset[c * b.groups + g]); });
-    add_group<kBits, C>(sum, codes, pairs + g * kPairs, stride);
+    IntVec sum[2][C] = {};
+    for_vectors<1, C>([&](int, int c) { sum[0][c] = -broadcast_pair(offset[c * b.groups + g]); });
+    add_group<kBits, C>(sum, codes, pairs + g * kPairs * b.rows, b.rows);
     for_vectors<1, C>([&](int, int c) {
-      total[c] = fma(broadcast(step[c * b.groups + g]), __builtin_convertvector(sum[c], Vec), total[c]);
+      total[c] = fma(broadcast(step[c * b.groups + g]), __builtin_convertvector(sum[0][c] + sum[1][c], Vec), total[c]);
     });
     codes += 2 * kBits * kVectorBytes;
   };
@@ -124,7 +123,8 @@ void exact_head_state(const ScreenState& s) {
     }
     length = __builtin_sqrt(length);
     left = __builtin_sqrt(left);
-    memcpy(s.pairs + g * kPairs, integers, sizeof integers);
+    for (int64_t pair = 0; pair < kPairs; ++pair)
+      memcpy(s.pairs + (g * kPairs + pair) * s.pair_stride, integers + 2 * pair, sizeof(int32_t));
     s.offset[g] = sum * (g < s.wide ? 128 : 8);
     s.step[g] = step;
     bound += length * s.error[g] + left * s.norm[g];
