@@ -18,7 +18,7 @@ from ...ops.exact_head import MOST
 from ..generation import decoder_model
 from ..generation.linear import DenseLinear
 
-MOST_ROWS = 32  # hidden states of a call; for more of them the dense head is about as fast
+MOST_ROWS = 16  # hidden states of a call; for more of them the dense head is about as fast
 SPARE = 8  # logits asked for beyond those needed, in which equals of the last one end
 TIE = 2.0**-20  # of a logit: two that are closer may become equal when they are divided by a temperature
 HUGE = 1e30  # logits above it may overflow then
