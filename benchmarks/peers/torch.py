@@ -134,3 +134,13 @@ def append(
 def rotary_append(*args: Tensor) -> Peer:
     """Some twenty operators."""
     return Peer(lambda: append(*args))
+
+
+def vq_logits(h: Tensor, heads: Iterator[tuple[Tensor, Tensor]], matrices: Iterator[Tensor]) -> Peer:
+    """The product with the codebook, and a copy of each token's score."""
+
+    def call() -> Tensor:
+        codebook, codes = next(heads)
+        return functional.linear(h, codebook).index_select(-1, codes)
+
+    return Peer(call)

@@ -12,6 +12,7 @@ from .sparse_attention import sparse_attention
 from .tree_accept import tree_accept
 from .tree_attention import tree_attention
 from .vertical_slash_index import vertical_slash_index
+from .vq_logits import vq_logits
 
 __all__ = [
     "gelu_mul",
@@ -26,4 +27,5 @@ __all__ = [
     "tree_accept",
     "tree_attention",
     "vertical_slash_index",
+    "vq_logits",
 ]
