@@ -10,6 +10,7 @@ from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
 from .methods.int4 import quantize
 from .methods.tree_decoding import tree_decoding
+from .methods.wina import Calibration, calibrate, sparsify
 from .sparse_plan import SparsePlan
 
 try:
@@ -18,16 +19,19 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path, not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "Calibration",
     "HeadPatterns",
     "Int4Weight",
     "KVCache",
     "SparsePlan",
     "__version__",
+    "calibrate",
     "generate",
     "implementations",
     "load",
     "ops",
     "quantize",
+    "sparsify",
     "tree_decoding",
     "which",
 ]
