@@ -15,6 +15,10 @@ namespace {
 constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
+typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
+typedef uint16_t PairVec __attribute__((vector_size(kLanes)));
+typedef uint8_t PairHalf __attribute__((vector_size(kLanes / 2)));
+
 // ---- rows of x ----
 
 // fp32, in the order of the weight's columns, zeros behind them to the end of a chunk.
@@ -42,10 +46,9 @@ float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float
     const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
     bits = some > bits ? some : bits;
   }
-  uint32_t most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) most = bits[lane] > most ? bits[lane] : most;
-  float largest;
-  memcpy(&largest, &most, sizeof largest);
+  const float largest = fold_lanes((Vec)bits, [](Vec a, Vec b) { return (BitsVec)a > (BitsVec)b ? a : b; });
+  uint32_t most;
+  memcpy(&most, &largest, sizeof most);
   const bool usable = most < kInfinityBits && largest >= kSmallest;
   *scale = most >= kInfinityBits ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
   if (!usable) return 0.0f;
@@ -54,10 +57,14 @@ float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float
   for (int64_t k = begin; k < begin + columns; k += kLanes) {
     const Vec rounded = (load(x + k) * steps + magic) - magic;
     sum += rounded;
-    const IntVec integers = __builtin_convertvector(rounded, IntVec);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = k + lane;
-      to[at / Span * Span + at % 2 * (Span / 2) + at % Span / 2] = static_cast<int8_t>(integers[lane]);
+    const auto pairs = (PairVec) __builtin_convertvector(__builtin_convertvector(rounded, IntVec), QuarterVec);
+    const PairHalf even = __builtin_convertvector(pairs & 0xff, PairHalf);
+    const PairHalf odd = __builtin_convertvector(pairs >> 8, PairHalf);
+    constexpr int kRun = Span < kLanes ? Span : kLanes;
+    for (int i = 0; i < kLanes; i += kRun) {
+      int8_t* const at = to + (k + i) / Span * Span + (k + i) % Span / 2;
+      memcpy(at, reinterpret_cast<const char*>(&even) + i / 2, kRun / 2);
+      memcpy(at + Span / 2, reinterpret_cast<const char*>(&odd) + i / 2, kRun / 2);
     }
   }
   return sum_lanes(sum);
