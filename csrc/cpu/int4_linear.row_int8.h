@@ -72,7 +72,6 @@ struct Int8RowPanel {
   SCRIMP_INLINE Vec of_blocks(const T* from, const void* end, int64_t output, int64_t block) const {
     if (groups == 1) return broadcast(load_first(from + output, 1)[0]);
     const T* at = from + output * groups + block;
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + 512, 0, 2);
     return load_first(at, static_cast<const T*>(end) - at);
   }
 
