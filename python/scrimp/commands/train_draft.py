@@ -86,8 +86,9 @@ def _train(
     maps = stages.finished(model, layer, tuner.maps, arguments.model)
     maps.save(out)
     unfinished.unlink(missing_ok=True)
-    tuned = Counter(model, layer, (maps.weight, maps.bias), layer < model.depth)
-    figures |= _judged(model, held, {f"{tuner.step} steps": tuned}, k)
+    if tuner.step:
+        tuned = Counter(model, layer, (maps.weight, maps.bias), layer < model.depth)
+        figures |= _judged(model, held, {f"{tuner.step} steps": tuned}, k)
     print(f"written: {out} ({maps.kind}, layer {layer} of {model.depth}, weights {maps.weight_hash})")
     return figures
 
