@@ -61,6 +61,34 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Peer:
     return Peer(lambda: functional.linear(x, next(turns)))
 
 
+def sparse_linear(x: Tensor, turns: Iterator[Tensor]) -> Peer:
+    """F.linear with all channels."""
+    return Peer(lambda: functional.linear(x, next(turns)), same=False)
+
+
+def channel_select(x: Tensor, level: Tensor, norms: Tensor, rule: str) -> Peer:
+    """What a user writes: a mask by each rule, masked rows, and the list of the channels that any row keeps."""
+
+    def keep(score: Tensor) -> Tensor:
+        if rule == "threshold":
+            return score > level
+        if rule == "relative":
+            return score > level * score.mean(-1, keepdim=True)
+        ranked, order = score.sort(dim=-1, descending=True)
+        if rule == "top_k":
+            first = torch.arange(score.shape[-1]) < level
+        else:
+            energy = ranked.square().cumsum(-1)
+            first = energy - ranked.square() < level * energy[:, -1:]
+        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, first.expand_as(score))
+
+    def call() -> tuple[Tensor, Tensor]:
+        kept = keep((x * norms).abs())
+        return x.where(kept, 0), kept.any(0).nonzero()
+
+    return Peer(call, same=False)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Peer:
     """F.rms_norm, which rounds once where Llama rounds twice."""
     return Peer(lambda: functional.rms_norm(x, weight.shape, weight, eps))

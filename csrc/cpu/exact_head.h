@@ -43,4 +43,5 @@ struct ScreenBlock {
 }  // namespace scrimp
 
 // exact_head_state turns coordinates into integers and the bound, exact_head_screen computes upper ends of intervals.
-SCRIMP_DECLARE_KERNEL(void exact_head_state(const ScreenState& state); void exact_head_screen(const ScreenBlock& block))
+SCRIMP_DECLARE_VNNI_KERNEL(void exact_head_state(const ScreenState& state);
+                           void exact_head_screen(const ScreenBlock& block))

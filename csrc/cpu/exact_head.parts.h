@@ -118,7 +118,7 @@ struct Screen {
       const float* own = coordinates + m * D;
       usable[m] = std::isfinite(length[m]) && std::all_of(own, own + D, [](float h) { return std::fabs(h) < 1e30f; });
       if (!usable[m]) std::fill_n(coordinates + m * D, D, 0.0f);
-      SCRIMP_KERNEL(exact_head_state)
+      SCRIMP_VNNI_KERNEL(exact_head_state)
       ({.groups = head.groups,
         .wide = head.wide,
         .coordinates = own,
@@ -196,7 +196,7 @@ struct Screen {
     for_each_item((head.tiles + kItemTiles - 1) / kItemTiles, [&](int64_t item, int64_t) {
       const int64_t first = item * kItemTiles, count = std::min(kItemTiles, head.tiles - first);
       for (int64_t m = 0; m < head.M; m += kScreenRows)
-        SCRIMP_KERNEL(exact_head_screen)(block(m, together(m), first, count));
+        SCRIMP_VNNI_KERNEL(exact_head_screen)(block(m, together(m), first, count));
     });
   }
 

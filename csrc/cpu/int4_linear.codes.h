@@ -3,6 +3,7 @@
 
 #include "common/simd.h"
 #include "common/unroll.h"
+#include "common/with_type.h"
 #include "cpu/int4_linear.h"
 
 namespace scrimp::SCRIMP_ISA {

@@ -11,19 +11,23 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import scrimp
-from scrimp.methods.generation import KVCache, stream
+from scrimp.methods.generation import KVCache, decoder_model, stream
 from scrimp.methods.tree_decoding import (
     Accepted,
     Candidates,
     CostCurve,
+    DraftMaps,
     EarlyExit,
+    HiddenTransfer,
     LookupDraft,
+    MedusaHeads,
     ModelDraft,
     NgramDraft,
     RecyclingDraft,
     SelfDraft,
     TreeDecoding,
 )
+from scrimp.methods.tree_decoding.maps import model_hash
 from scrimp.testing import same_bits
 
 Tiny = Callable[[str], PreTrainedModel]
@@ -89,6 +93,17 @@ def recorded(model: PreTrainedModel, ids: Any, draft: Any, **how: Any) -> tuple[
     return scrimp.generate(model, ids, draft=draft, processors=[record], **how), seen
 
 
+def maps(model: PreTrainedModel, kind: Any, layer: int, size: float = 1.0) -> DraftMaps:
+    """Random maps for three tokens ahead."""
+    random, d = torch.Generator().manual_seed(3), model.config.hidden_size
+    weight, bias = (size * torch.randn(3, *more, d, generator=random) for more in ([d], []))
+    return DraftMaps(kind, layer, weight, bias, model_hash(decoder_model(model)))
+
+
+def trained(model: PreTrainedModel) -> list[Any]:
+    return [MedusaHeads(maps(model, "medusa", 3)), HiddenTransfer(maps(model, "hidden", 2))]
+
+
 SOURCES: dict[str, Callable[[PreTrainedModel], list[Any]]] = {
     "lookup": lambda model: [LookupDraft()],
     "ngram": lambda model: [NgramDraft()],
@@ -97,7 +112,17 @@ SOURCES: dict[str, Callable[[PreTrainedModel], list[Any]]] = {
     "skipped layer": lambda model: [EarlyExit([0, 2], depth=5)],
     "model": lambda model: [ModelDraft(model)],
     "self": lambda model: [SelfDraft(model, depth=6)],
-    "mix": lambda model: [LookupDraft(), NgramDraft(), RecyclingDraft(), EarlyExit(2), ModelDraft(model)],
+    "medusa": lambda model: [MedusaHeads(maps(model, "medusa", 3)), RecyclingDraft()],
+    "hidden": lambda model: [HiddenTransfer(maps(model, "hidden", 1)), RecyclingDraft()],
+    "hidden low": lambda model: [HiddenTransfer(maps(model, "hidden", 0, size=1e20))],
+    "mix": lambda model: [
+        LookupDraft(),
+        NgramDraft(),
+        RecyclingDraft(),
+        EarlyExit(2),
+        ModelDraft(model),
+        *trained(model),
+    ],
 }
 HOW: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -164,7 +189,8 @@ def test_families(family: str, tiny: Tiny) -> None:
 
 @pytest.fixture
 def mixed(model: PreTrainedModel) -> TreeDecoding:
-    return scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=FREE)
+    riding = HiddenTransfer(maps(model, "hidden", 2))
+    return scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), riding, cost=FREE)
 
 
 def test_ends_inside_an_accepted_path(model: PreTrainedModel, mixed: TreeDecoding, tokenizer: Any) -> None:
@@ -217,10 +243,10 @@ def test_full_cache_and_context(model: PreTrainedModel, mixed: TreeDecoding) -> 
 
 
 @pytest.mark.parametrize("guesses", [0, 1, 63])
-@pytest.mark.parametrize("batch", [1, 3, 33, 64])
+@pytest.mark.parametrize("batch", [1, 3, 12, 33, 64])
 def test_no_guesses_and_many_sequences(guesses: int, batch: int, model: PreTrainedModel) -> None:
-    """33 and more sequences leave no rows for trees."""
-    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), guesses=guesses, cost=FREE)
+    """33 and more sequences leave no rows for trees, 9 and more none for pseudo rows."""
+    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), *trained(model), guesses=guesses, cost=FREE)
     ids, seeds = [[3, 1, 3]] * batch, list(range(batch))
     plain, trees = (
         scrimp.generate(model, ids, max_new_tokens=10, temperature=1.0, seed=seeds, draft=d) for d in (None, draft)

@@ -2,8 +2,9 @@
 //
 // A chunk's codes are unpacked once, with outputs in the lanes, and stay in the cache while all rows use them. Sums
 // over a block of columns are taken in the order of the columns and added up in the order of the blocks, for every
-// number of rows alike: a row's result does not depend on the others.
-#pragma GCC optimize("fp-contract=off")  // int8 mode rounds every operation; fused ones are written fma()
+// number of rows alike: a row's result does not depend on the others. The file is compiled with -ffp-contract=off,
+// because int8 mode rounds every operation; fused ones are written fma().
+#include "cpu/int4_linear.row.h"
 #include "cpu/int4_linear.tiles.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -12,14 +13,6 @@ namespace {
 constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
-// Calls body(p as a pointer to its type).
-template <class Body>
-SCRIMP_INLINE auto with_type(FloatType type, const void* p, Body body) {
-  if (type == FloatType::fp32) return body(static_cast<const float*>(p));
-  if (type == FloatType::bf16) return body(static_cast<const BFloat16*>(p));
-  return body(static_cast<const Float16*>(p));
-}
-
 // ---- rows of x ----
 
 // fp32, in the order of the weight's columns, zeros behind them to the end of a chunk.
@@ -27,7 +20,7 @@ const float* ordered(const Int4Row& row) {
   const int64_t columns = row.to->columns, padded = (columns + kInt4Chunk - 1) / kInt4Chunk * kInt4Chunk;
   with_type(row.type, row.x, [&](auto* x) {
     if (row.permutation) {
-      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = load_first(x + row.permutation[k], 1)[0];
+      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = one(x + row.permutation[k]);
     } else {
       for (int64_t k = 0; k < columns; k += kLanes) {
         store_first(row.scratch + k, load_first(x + k, columns - k), columns - k);
@@ -38,10 +31,12 @@ const float* ordered(const Int4Row& row) {
   return row.scratch;
 }
 
-// x[0, columns) to integers; returns their sum, and their scale in *scale.
-float quantize(const float* x, int64_t columns, int8_t* to, float* scale) {
+// x[begin, begin + columns) to integers, of each Span columns first the even ones; returns their sum, and their scale
+// in *scale.
+template <int Span>
+float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float* scale) {
   BitsVec bits{};
-  for (int64_t k = 0; k < columns; k += kLanes) {
+  for (int64_t k = begin; k < begin + columns; k += kLanes) {
     const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
     bits = some > bits ? some : bits;
   }
@@ -54,13 +49,13 @@ float quantize(const float* x, int64_t columns, int8_t* to, float* scale) {
   if (!usable) return 0.0f;
   const Vec steps = broadcast(127.0f / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23 rounds to integers
   Vec sum{};
-  for (int64_t k = 0; k < columns; k += kLanes) {
+  for (int64_t k = begin; k < begin + columns; k += kLanes) {
     const Vec rounded = (load(x + k) * steps + magic) - magic;
     sum += rounded;
     const IntVec integers = __builtin_convertvector(rounded, IntVec);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t at = k + lane;
-      to[at / 8 * 8 + at % 2 * 4 + at % 8 / 2] = static_cast<int8_t>(integers[lane]);
+      to[at / Span * Span + at % 2 * (Span / 2) + at % Span / 2] = static_cast<int8_t>(integers[lane]);
     }
   }
   return sum_lanes(sum);
@@ -184,18 +179,11 @@ struct Panel {
         add_block(chunk, begin, columns - begin < x.block ? columns - begin : x.block);
       }
     }
-    with_type(p.type, p.bias, [&](auto* bias) { finish(bias); });
-  }
-
-  template <class T>
-  void finish(const T* bias) {
-    for (int64_t row = 0; row < x.rows; ++row) {
-      for (int64_t n = 0; n < p.outputs; n += kLanes) {
-        Vec y = load(totals + row * kPanel + n);
-        if (bias) y += load_first(bias + n, p.outputs - n);
-        store_first(static_cast<T*>(p.out) + row * p.out_stride + n, y, p.outputs - n);
+    with_type(p.type, p.bias, [&](auto* bias) {
+      for (int64_t row = 0; row < x.rows; ++row) {
+        for (int64_t n = 0; n < p.outputs; n += kLanes) finish(p, bias, row, n, load(totals + row * kPanel + n));
       }
-    }
+    });
   }
 };
 
@@ -204,17 +192,21 @@ struct Panel {
 void int4_pack(const Int4Row& row) {
   const Int4Rows& to = *row.to;
   const float* x = ordered(row);
+  const int64_t chunks = (to.columns + kInt4Chunk - 1) / kInt4Chunk;
+  for (int64_t chunk = 0; to.int8 && chunk < chunks; ++chunk) {
+    memset(to.integers + (chunk * to.rows + row.row) * kInt4Chunk, 0, kInt4Chunk);
+  }
   for (int64_t column = 0; column < to.columns; column += to.block) {
     const int64_t block = column / to.block * to.rows + row.row, chunk = column / kInt4Chunk;
-    const int64_t at = (chunk * to.rows + row.row) * kInt4Chunk + column % kInt4Chunk;
+    const int64_t at = (chunk * to.rows + row.row) * kInt4Chunk, begin = column % kInt4Chunk;
     const int64_t padded =
         (to.columns - column < to.block ? (to.columns - column + kLanes - 1) / kLanes * kLanes : to.block);
     if (to.int8) {
-      memset(to.integers + at, 0, to.block);
-      to.sums[block] = quantize(x + column, padded, to.integers + at, to.scales + block);
+      const auto quantize = by_rows(to) ? SCRIMP_ISA::quantize<kVectorColumns> : SCRIMP_ISA::quantize<8>;
+      to.sums[block] = quantize(x + chunk * kInt4Chunk, begin, padded, to.integers + at, to.scales + block);
       to.starts[block] = -to.center * static_cast<int32_t>(to.sums[block]);
     } else {
-      memcpy(to.values + at, x + column, sizeof(float) * to.block);
+      memcpy(to.values + at + begin, x + column, sizeof(float) * to.block);
       Vec sum{};
       for (int64_t k = 0; k < padded; k += kLanes) sum += load(x + column + k);
       to.sums[block] = sum_lanes(sum);
@@ -222,6 +214,6 @@ void int4_pack(const Int4Row& row) {
   }
 }
 
-void int4_panel(const Int4Panel& panel) { Panel(panel).run(); }
+void int4_panel(const Int4Panel& panel) { by_rows(*panel.x) ? RowPanel{panel}.run() : Panel(panel).run(); }
 
 }  // namespace scrimp::SCRIMP_ISA
