@@ -51,19 +51,15 @@ def windows(tokenizer: Any, states: int) -> torch.Tensor:
 def count(model: Any, texts: torch.Tensor, screen: HeadScreen, ks: Sequence[int]) -> list[dict[str, float]]:
     """For each k the hidden states seen, mismatches, share that fell back, rows computed (mean)."""
     weight = model.get_output_embeddings().weight.detach()
-    wrong = dict.fromkeys(ks, 0)
-    scored: dict[int, list[torch.Tensor]] = {k: [] for k in ks}
-    for window in tqdm(texts, unit="window", disable=None):
-        states = hidden_states(model, window[None])
-        for k in ks:
-            more, computed = compared(weight, screen, states, k)
-            wrong[k] += more
-            scored[k].append(computed)
+    parts = [
+        compared(weight, screen, hidden_states(model, window[None]), ks)
+        for window in tqdm(texts, unit="window", disable=None)
+    ]
     rows = []
-    for k in ks:
-        computed = torch.cat(scored[k]).double()
-        rate = float((computed == len(weight)).double().mean())
-        rows.append({"k": k, "states": len(computed), "mismatches": wrong[k], "fallback_rate": rate})
+    for k, *own in zip(ks, *parts, strict=True):
+        computed = torch.cat([scored for _, scored in own]).double()
+        rows.append({"k": k, "states": len(computed), "mismatches": sum(wrong for wrong, _ in own)})
+        rows[-1]["fallback_rate"] = float((computed == len(weight)).double().mean())
         rows[-1]["scored"] = round(float(computed.mean()), 1)
     return rows
 
