@@ -15,6 +15,8 @@ from .sparse_linear import sparse_linear
 from .tree_accept import tree_accept
 from .tree_attention import tree_attention
 from .vertical_slash_index import vertical_slash_index
+from .vq_logits import vq_logits
+from .vq_sample import vq_sample
 
 __all__ = [
     "channel_select",
@@ -32,4 +34,6 @@ __all__ = [
     "tree_accept",
     "tree_attention",
     "vertical_slash_index",
+    "vq_logits",
+    "vq_sample",
 ]
