@@ -2,5 +2,6 @@
 
 from .compress import METHODS, compress_head
 from .exact import ExactHead
+from .vq_loss import vq_cross_entropy
 
-__all__ = ["METHODS", "ExactHead", "compress_head"]
+__all__ = ["METHODS", "ExactHead", "compress_head", "vq_cross_entropy"]
