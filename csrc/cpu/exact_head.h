@@ -18,16 +18,17 @@ struct ScreenState {
   const float* error;        // [groups]
   const float* norm;         // [groups]
   double rest;               // what the bound holds besides
-  int32_t* pairs;            // [32 groups]: two integers of 16 bits each
-  int32_t* offset;           // [groups]: what the codes' offset adds to a sum of products
-  float* step;               // [groups]
-  float* bound;              // one
+  int32_t* pairs;            // [32 groups], every pair_stride: two integers of 16 bits each
+  int64_t pair_stride;
+  int32_t* offset;  // [groups]: what the codes' offset adds to a sum of products
+  float* step;      // [groups]
+  float* bound;     // one
 };
 
 // Hidden states, at most kScreenRows, against tiles one after the other.
 struct ScreenBlock {
   int64_t rows, groups, wide, tiles;
-  const int32_t* pairs;   // [rows, 32 groups]
+  const int32_t* pairs;   // [32 groups, rows]
   const int32_t* offset;  // [rows, groups]
   const float* step;      // [rows, groups]
   const float* bound;     // [rows]

@@ -125,7 +125,8 @@ struct Screen {
         .error = static_cast<const float*>(head.error.data_ptr()),
         .norm = static_cast<const float*>(head.norm.data_ptr()),
         .rest = head.slack * std::sqrt(length[m]),
-        .pairs = pairs + m * D / 2,
+        .pairs = pairs + m / kScreenRows * kScreenRows * D / 2 + m % kScreenRows,
+        .pair_stride = together(m),
         .offset = offset + m * head.groups,
         .step = step + m * head.groups,
         .bound = bound + m});
@@ -170,6 +171,9 @@ struct Screen {
     }
   }
 
+  // Hidden states that pass over a tile together with m.
+  int64_t together(int64_t m) const { return std::min(kScreenRows, head.M - m / kScreenRows * kScreenRows); }
+
   ScreenBlock block(int64_t m, int64_t rows, int64_t tile, int64_t tiles) const {
     return {.rows = rows,
             .groups = head.groups,
@@ -192,7 +196,7 @@ struct Screen {
     for_each_item((head.tiles + kItemTiles - 1) / kItemTiles, [&](int64_t item, int64_t) {
       const int64_t first = item * kItemTiles, count = std::min(kItemTiles, head.tiles - first);
       for (int64_t m = 0; m < head.M; m += kScreenRows)
-        SCRIMP_VNNI_KERNEL(exact_head_screen)(block(m, std::min(kScreenRows, head.M - m), first, count));
+        SCRIMP_VNNI_KERNEL(exact_head_screen)(block(m, together(m), first, count));
     });
   }
 

@@ -15,7 +15,8 @@ constexpr int64_t kPairs = kScreenGroup / 2;
 constexpr int kLargest = 32767;
 constexpr int kMost = kLanes == 16 ? 8 : 4;  // hidden states whose sums stay in registers
 constexpr int64_t kVectorBytes = 4 * kScreenTile;
-constexpr int64_t kAhead = 4096;  // bytes
+constexpr int64_t kVectors = kScreenTile / kLanes;  // of rows in a tile
+constexpr int kTogether = 2;                        // of them, whose sums share what is read of the hidden states
 
 typedef uint16_t Words __attribute__((vector_size(4 * kLanes)));
 
@@ -35,65 +36,74 @@ SCRIMP_INLINE IntVec add_pairs(IntVec sum, Words a, IntVec b) {
 
 SCRIMP_INLINE IntVec broadcast_pair(int32_t pair) { return (IntVec)broadcast(__builtin_bit_cast(float, pair)); }
 
-// sum[c] += one group of kLanes rows of the head x hidden state c
-template <int Bits, int C>
-SCRIMP_INLINE void add_group(IntVec (&sum)[C], const uint8_t* codes, const int32_t* pairs, int64_t stride) {
+// sum[r][c] += one group of kLanes rows of the head, from codes[r] on, x hidden state c, whose pairs lie every `stride`
+template <int Bits, int R, int C>
+SCRIMP_INLINE void add_group(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead, const int32_t* pairs,
+                             int64_t stride) {
   constexpr int kFields = 16 / Bits;
   constexpr uint16_t kMask = (1 << Bits) - 1;
 #pragma GCC unroll 4
   for (int vector = 0; vector < 2 * Bits; ++vector) {
-    Words words;
-    memcpy(&words, codes + vector * kVectorBytes, sizeof words);
-    __builtin_prefetch(codes + vector * kVectorBytes + kAhead, 0, 2);
+    Words words[R];
+    for_vectors<R, 1>([&](int r, int) {
+      memcpy(&words[r], codes[r] + vector * kVectorBytes, sizeof words[r]);
+      __builtin_prefetch(codes[r] + vector * kVectorBytes + ahead, 0, 2);
+    });
 #pragma GCC unroll 4
-    for (int field = 0; field < kFields; ++field) {
-      Words piece = words >> Bits * field;
-      if (field + 1 < kFields) piece &= kMask;
+    for (int field = 0; field < kFields; ++field, pairs += stride) {
+      Words piece[R];
+      for_vectors<R, 1>([&](int r, int) {
+        piece[r] = words[r] >> Bits * field;
+        if (field + 1 < kFields) piece[r] &= kMask;
+      });
       for_vectors<1, C>([&](int, int c) {
-        sum[c] = add_pairs(sum[c], piece, broadcast_pair(pairs[c * stride + vector * kFields + field]));
+        const IntVec pair = broadcast_pair(pairs[c]);
+        for_vectors<R, 1>([&](int r, int) { sum[r][c] = add_pairs(sum[r][c], piece[r], pair); });
       });
     }
   }
 }
 
-// Centres of kLanes rows of the head for C hidden states from `first` on, without the rows' scales.
-template <int C>
-SCRIMP_INLINE void add_groups(const ScreenBlock& b, int64_t first, const uint8_t* codes, Vec (&total)[C]) {
-  const int64_t stride = b.groups * kPairs;
-  const int32_t* pairs = b.pairs + first * stride;
+// Centres of R x kLanes rows of the head for C hidden states from `first` on, without the rows' scales.
+template <int R, int C>
+SCRIMP_INLINE void add_groups(const ScreenBlock& b, int64_t first, const uint8_t* (&codes)[R], int64_t ahead,
+                              Vec (&total)[R][C]) {
+  const int32_t* pairs = b.pairs + first;
   const int32_t* offset = b.offset + first * b.groups;
   const float* step = b.step + first * b.groups;
   const auto group = [&](auto bits, int64_t g) {
     constexpr int kBits = decltype(bits)::value;
-    IntVec sum[C];
-    for_vectors<1, C>([&](int, int c) { sum[c] = -broadcast_pair(offset[c * b.groups + g]); });
-    add_group<kBits, C>(sum, codes, pairs + g * kPairs, stride);
-    for_vectors<1, C>([&](int, int c) {
-      total[c] = fma(broadcast(step[c * b.groups + g]), __builtin_convertvector(sum[c], Vec), total[c]);
+    IntVec sum[R][C];
+    for_vectors<R, C>([&](int r, int c) { sum[r][c] = -broadcast_pair(offset[c * b.groups + g]); });
+    add_group<kBits, R, C>(sum, codes, ahead, pairs + g * kPairs * b.rows, b.rows);
+    for_vectors<R, C>([&](int r, int c) {
+      total[r][c] = fma(broadcast(step[c * b.groups + g]), __builtin_convertvector(sum[r][c], Vec), total[r][c]);
     });
-    codes += 2 * kBits * kVectorBytes;
+    for_vectors<R, 1>([&](int r, int) { codes[r] += 2 * kBits * kVectorBytes; });
   };
   for (int64_t g = 0; g < b.wide; ++g) group(Int<8>{}, g);
   for (int64_t g = b.wide; g < b.groups; ++g) group(Int<4>{}, g);
 }
 
-template <int C>
-void screen_tile(const ScreenBlock& b, int64_t first, const uint8_t* codes, const float* scales, int64_t tile) {
-  Vec upper[C] = {}, centre[C] = {};
-  for (int64_t lane = 0; lane < kScreenTile; lane += kLanes) {
-    const Vec scale = load(scales + lane);
-    Vec total[C] = {};
-    add_groups<C>(b, first, codes + 4 * lane, total);
-    for_vectors<1, C>([&](int, int c) {
-      const Vec middle = scale * total[c], end = scale * (total[c] + broadcast(b.bound[first + c]));
-      centre[c] = lane ? max(centre[c], middle) : middle;
-      upper[c] = lane ? max(upper[c], end) : end;
-      store(b.totals + ((first + c) * b.best_stride + tile) * kScreenTile + lane, total[c]);
-    });
-  }
-  for_vectors<1, C>([&](int, int c) {
-    b.upper[(first + c) * b.best_stride + tile] = highest_lane(upper[c]);
-    b.centre[(first + c) * b.best_stride + tile] = highest_lane(centre[c]);
+// Vectors [at, at + R) of the block's rows of the head, of which kVectors are a tile.
+template <int R, int C>
+void screen_rows(const ScreenBlock& b, int64_t first, int64_t at) {
+  const int64_t bytes = kScreenTile * kScreenGroup / 2 * (b.groups + b.wide);
+  const uint8_t* codes[R];
+  for_vectors<R, 1>(
+      [&](int r, int) { codes[r] = b.codes + (at + r) / kVectors * bytes + (at + r) % kVectors * (4 * kLanes); });
+  Vec total[R][C] = {};
+  add_groups<R, C>(b, first, codes, R > kVectors ? R * bytes : bytes, total);
+  for_vectors<R, C>([&](int r, int c) {
+    const int64_t state = first + c, tile = (at + r) / kVectors;
+    const Vec scale = load(b.scales + (at + r) * kLanes);
+    const float centre = highest_lane(scale * total[r][c]);
+    const float upper = highest_lane(scale * (total[r][c] + broadcast(b.bound[state])));
+    float &best = b.centre[state * b.best_stride + tile], &top = b.upper[state * b.best_stride + tile];
+    const bool fresh = (at + r) % kVectors == 0;
+    best = fresh || centre > best ? centre : best;
+    top = fresh || upper > top ? upper : top;
+    store(b.totals + state * b.best_stride * kScreenTile + (at + r) * kLanes, total[r][c]);
   });
 }
 
@@ -124,7 +134,8 @@ void exact_head_state(const ScreenState& s) {
     }
     length = __builtin_sqrt(length);
     left = __builtin_sqrt(left);
-    memcpy(s.pairs + g * kPairs, integers, sizeof integers);
+    for (int64_t pair = 0; pair < kPairs; ++pair)
+      memcpy(s.pairs + (g * kPairs + pair) * s.pair_stride, integers + 2 * pair, sizeof(int32_t));
     s.offset[g] = sum * (g < s.wide ? 128 : 8);
     s.step[g] = step;
     bound += length * s.error[g] + left * s.norm[g];
@@ -136,12 +147,13 @@ void exact_head_state(const ScreenState& s) {
 }
 
 void exact_head_screen(const ScreenBlock& b) {
-  const int64_t bytes = kScreenTile * kScreenGroup / 2 * (b.groups + b.wide);
-  for (int64_t tile = 0; tile < b.tiles; ++tile) {
+  const int64_t vectors = b.tiles * kVectors;
+  for (int64_t at = 0; at < vectors; at += kTogether) {
     for (int64_t first = 0; first < b.rows; first += kMost) {
       const int64_t count = b.rows - first < kMost ? b.rows - first : kMost;
       with_constant<kMost>(count, [&](auto size) {
-        screen_tile<size.value>(b, first, b.codes + tile * bytes, b.scales + tile * kScreenTile, tile);
+        if (at + kTogether <= vectors) return screen_rows<kTogether, size.value>(b, first, at);
+        screen_rows<1, size.value>(b, first, at);
       });
     }
   }

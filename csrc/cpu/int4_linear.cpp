@@ -113,7 +113,8 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
                      const Tensor& out) {
   const int64_t block = p.group == p.K ? kInt4Chunk : std::min(p.group, kInt4Chunk);
   const int64_t chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk;
-  const int64_t blocks = (p.K + block - 1) / block, panels = (p.N + kInt4Panel - 1) / kInt4Panel;
+  const int64_t blocks = (p.K + block - 1) / block, outputs = rows == 1 && !p.int8 ? kInt4RowPanel : kInt4Panel;
+  const int64_t panels = (p.N + outputs - 1) / outputs;
   const int64_t workers = worker_count(std::max(panels, rows), rows * p.N * p.K / 8);
 
   Memory memory;
@@ -157,9 +158,9 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const auto* bias = static_cast<const char*>(data(p.bias));
   const auto kernel = SCRIMP_VNNI_KERNEL(int4_panel);
   for_each_item(panels, std::min(workers, panels), [&](int64_t panel, int64_t worker) {
-    const int64_t n = panel * kInt4Panel, next = std::min(n + workers * kInt4Panel, p.N - 1);
+    const int64_t n = panel * outputs, next = std::min(n + workers * outputs, p.N - 1);
     kernel({.x = &packed,
-            .outputs = std::min(kInt4Panel, p.N - n),
+            .outputs = std::min(outputs, p.N - n),
             .codes = codes + n * stride,
             .codes_stride = stride,
             .codes_end = codes + p.N * stride,

@@ -10,6 +10,7 @@ namespace scrimp {
 
 constexpr int64_t kInt4Chunk = 128;     // columns that are unpacked together: 64 bytes of a row of codes
 constexpr int64_t kInt4Panel = 64;      // outputs that are computed together
+constexpr int64_t kInt4RowPanel = 16;   // the same for one row in exact mode
 constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
 constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
 constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch

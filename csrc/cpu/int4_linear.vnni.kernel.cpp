@@ -4,7 +4,9 @@
 // over a block of columns are taken in the order of the columns and added up in the order of the blocks, for every
 // number of rows alike: a row's result does not depend on the others. The file is compiled with -ffp-contract=off,
 // because int8 mode rounds every operation; fused ones are written fma().
-#include "cpu/int4_linear.row.h"
+#include "cpu/int4_linear.groups.h"
+#include "cpu/int4_linear.row_exact.h"
+#include "cpu/int4_linear.row_int8.h"
 #include "cpu/int4_linear.tiles.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -12,6 +14,10 @@ namespace {
 
 constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
 constexpr uint32_t kInfinityBits = 0x7f800000;
+
+typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
+typedef uint16_t PairVec __attribute__((vector_size(kLanes)));
+typedef uint8_t PairHalf __attribute__((vector_size(kLanes / 2)));
 
 // ---- rows of x ----
 
@@ -40,10 +46,9 @@ float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float
     const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
     bits = some > bits ? some : bits;
   }
-  uint32_t most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) most = bits[lane] > most ? bits[lane] : most;
-  float largest;
-  memcpy(&largest, &most, sizeof largest);
+  const float largest = fold_lanes((Vec)bits, [](Vec a, Vec b) { return (BitsVec)a > (BitsVec)b ? a : b; });
+  uint32_t most;
+  memcpy(&most, &largest, sizeof most);
   const bool usable = most < kInfinityBits && largest >= kSmallest;
   *scale = most >= kInfinityBits ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
   if (!usable) return 0.0f;
@@ -52,71 +57,18 @@ float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float
   for (int64_t k = begin; k < begin + columns; k += kLanes) {
     const Vec rounded = (load(x + k) * steps + magic) - magic;
     sum += rounded;
-    const IntVec integers = __builtin_convertvector(rounded, IntVec);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = k + lane;
-      to[at / Span * Span + at % 2 * (Span / 2) + at % Span / 2] = static_cast<int8_t>(integers[lane]);
+    const auto pairs = (PairVec) __builtin_convertvector(__builtin_convertvector(rounded, IntVec), QuarterVec);
+    const PairHalf even = __builtin_convertvector(pairs & 0xff, PairHalf);
+    const PairHalf odd = __builtin_convertvector(pairs >> 8, PairHalf);
+    constexpr int kRun = Span < kLanes ? Span : kLanes;
+    for (int i = 0; i < kLanes; i += kRun) {
+      int8_t* const at = to + (k + i) / Span * Span + (k + i) % Span / 2;
+      memcpy(at, reinterpret_cast<const char*>(&even) + i / 2, kRun / 2);
+      memcpy(at + Span / 2, reinterpret_cast<const char*>(&odd) + i / 2, kRun / 2);
     }
   }
   return sum_lanes(sum);
 }
-
-// ---- scales and zeros ----
-
-// The scales and zeros of a panel for some groups, with outputs in the lanes.
-struct Groups {
-  const Int4Panel& p;
-  const int64_t count;
-  float* const scales;
-  float* const zeros;
-  int64_t first = -kInt4Groups;
-
-  Groups(const Int4Panel& panel, float* to)
-      : p(panel),
-        count((panel.x->columns + panel.group - 1) / panel.group),
-        scales(to),
-        zeros(to + kPanel * kInt4Groups) {}
-
-  template <class T>
-  void transposed(const T* from, const void* end, float* to) const {
-    for (int n = 0; n < kPanel && n < p.outputs; n += kLanes) {
-      for (int64_t group = 0; group < kInt4Groups && first + group < count; group += kLanes) {
-        Vec values[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const T* at = from + (n + i < p.outputs ? n + i : p.outputs - 1) * count + first + group;
-          values[i] = load_first(at, static_cast<const T*>(end) - at);
-        }
-        transpose(values);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + (group + i) * kPanel + n, values[i]);
-      }
-    }
-  }
-
-  // Where the scales of a group lie, after its neighbours were brought in where needed.
-  int64_t find(int64_t group) {
-    if (group >= first + kInt4Groups) {
-      first = group;
-      with_type(p.scale_type, p.scales, [&](auto* from) { transposed(from, p.scales_end, scales); });
-      if (p.zeros && p.byte_zeros) transposed(static_cast<const uint8_t*>(p.zeros), p.zeros_end, zeros);
-      if (p.zeros && !p.byte_zeros) {
-        with_type(p.scale_type, p.zeros, [&](auto* from) { transposed(from, p.zeros_end, zeros); });
-      }
-      if (!p.x->int8) center();
-    }
-    return (group - first) * kPanel;
-  }
-
-  // Exact mode's codes stand for q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
-  void center() {
-    if (p.kind == Int4Zeros::none) return;
-    for (int64_t i = 0; i < kInt4Groups * kPanel; i += kLanes) {
-      const Vec s = load(scales + i), z = load(zeros + i);
-      store(zeros + i, p.kind == Int4Zeros::shift ? (8.0f - z) * s : fma(broadcast(8.0f), s, z));
-    }
-  }
-};
 
 // ---- a panel ----
 
@@ -173,7 +125,6 @@ struct Panel {
     const int64_t chunks = (x.columns + kInt4Chunk - 1) / kInt4Chunk;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t columns = x.columns - chunk * kInt4Chunk < kInt4Chunk ? x.columns - chunk * kInt4Chunk : kInt4Chunk;
-      for (int64_t line = 0; line < kPanel; ++line) __builtin_prefetch(p.next + (chunk * kPanel + line) * 64, 0, 2);
       p.codebook ? unpack<true>(chunk) : unpack<false>(chunk);
       for (int64_t begin = 0; begin < columns; begin += x.block) {
         add_block(chunk, begin, columns - begin < x.block ? columns - begin : x.block);
@@ -214,6 +165,10 @@ void int4_pack(const Int4Row& row) {
   }
 }
 
-void int4_panel(const Int4Panel& panel) { by_rows(*panel.x) ? RowPanel{panel}.run() : Panel(panel).run(); }
+void int4_panel(const Int4Panel& panel) {
+  if (by_rows(*panel.x)) return Int8RowPanel{panel}.run();
+  if (by_chunks(*panel.x)) return ExactRowPanel{panel}.run();
+  Panel(panel).run();
+}
 
 }  // namespace scrimp::SCRIMP_ISA

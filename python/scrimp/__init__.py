@@ -12,6 +12,7 @@ from .methods.head_patterns import HeadPatterns
 from .methods.heads import compress_head
 from .methods.int4 import quantize
 from .methods.tree_decoding import tree_decoding
+from .methods.wina import Calibration, calibrate, sparsify
 from .sparse_plan import SparsePlan
 
 try:
@@ -20,18 +21,21 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path, not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "Calibration",
     "HeadPatterns",
     "HeadScreen",
     "Int4Weight",
     "KVCache",
     "SparsePlan",
     "__version__",
+    "calibrate",
     "compress_head",
     "generate",
     "implementations",
     "load",
     "ops",
     "quantize",
+    "sparsify",
     "tree_decoding",
     "which",
 ]

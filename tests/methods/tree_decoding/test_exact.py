@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scrimp.benchmarks.tree_exact import Free
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -15,7 +16,6 @@ from scrimp.methods.generation import KVCache, decoder_model, stream
 from scrimp.methods.tree_decoding import (
     Accepted,
     Candidates,
-    CostCurve,
     DraftMaps,
     EarlyExit,
     HiddenTransfer,
@@ -31,7 +31,6 @@ from scrimp.methods.tree_decoding.maps import model_hash
 from scrimp.testing import same_bits
 
 Tiny = Callable[[str], PreTrainedModel]
-FREE = CostCurve({1: 1.0})  # more rows cost nothing: every guess is read
 DRAWN = {"temperature": 0.9, "seed": 11}
 SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
 
@@ -139,7 +138,7 @@ def test_tokens_and_logits(name: str, how: str, batch: int, model: PreTrainedMod
     """The second round knows the texts, so that its trees are accepted far down."""
     ids, asked = prompts(batch), {"max_new_tokens": 24, **HOW[how]}
     expected, logits = recorded(model, ids, None, **asked)
-    draft = scrimp.tree_decoding(*SOURCES[name](model), cost=FREE)
+    draft = scrimp.tree_decoding(*SOURCES[name](model), cost=Free())
     for _ in range(2):
         assert scrimp.generate(model, ids, draft=draft, **asked) == expected
         got, seen = recorded(model, ids, draft, **asked)
@@ -161,7 +160,7 @@ def test_trees_of_any_shape(dtype: torch.dtype, how: dict[str, Any], batch: int,
     truth = {
         tuple(text[:n]): text[n] for text, start in zip(whole, ids, strict=True) for n in range(len(start), len(text))
     }
-    draft = scrimp.tree_decoding(RandomDraft(truth), cost=FREE)
+    draft = scrimp.tree_decoding(RandomDraft(truth), cost=Free())
     got, seen = recorded(model, ids, draft, max_new_tokens=40, cache=caches[1], **how)
     assert got == expected
     assert all(same_bits(seen[text], row) for text, row in logits.items())
@@ -179,7 +178,7 @@ def test_trees_of_any_shape(dtype: torch.dtype, how: dict[str, Any], batch: int,
 def test_families(family: str, tiny: Tiny) -> None:
     """Windowed layers read chains."""
     model, ids = tiny(family), [[5, 6, 7] * 20, [9] * 70]
-    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=FREE)
+    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=Free())
     for how in ({}, DRAWN):
         expected, logits = recorded(model, ids, None, max_new_tokens=30, **how)
         got, seen = recorded(model, ids, draft, max_new_tokens=30, **how)
@@ -190,7 +189,7 @@ def test_families(family: str, tiny: Tiny) -> None:
 @pytest.fixture
 def mixed(model: PreTrainedModel) -> TreeDecoding:
     riding = HiddenTransfer(maps(model, "hidden", 2))
-    return scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), riding, cost=FREE)
+    return scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), riding, cost=Free())
 
 
 def test_ends_inside_an_accepted_path(model: PreTrainedModel, mixed: TreeDecoding, tokenizer: Any) -> None:
@@ -246,7 +245,7 @@ def test_full_cache_and_context(model: PreTrainedModel, mixed: TreeDecoding) -> 
 @pytest.mark.parametrize("batch", [1, 3, 12, 33, 64])
 def test_no_guesses_and_many_sequences(guesses: int, batch: int, model: PreTrainedModel) -> None:
     """33 and more sequences leave no rows for trees, 9 and more none for pseudo rows."""
-    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), *trained(model), guesses=guesses, cost=FREE)
+    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), *trained(model), guesses=guesses, cost=Free())
     ids, seeds = [[3, 1, 3]] * batch, list(range(batch))
     plain, trees = (
         scrimp.generate(model, ids, max_new_tokens=10, temperature=1.0, seed=seeds, draft=d) for d in (None, draft)
@@ -259,7 +258,7 @@ def test_nan_logits_are_an_error(model: PreTrainedModel) -> None:
     token = scrimp.generate(model, [1, 2], max_new_tokens=6).tokens[3]
     with torch.no_grad():
         broken.model.embed_tokens.weight[token] = torch.nan
-    for draft in (None, scrimp.tree_decoding(SelfDraft(model), cost=FREE)):
+    for draft in (None, scrimp.tree_decoding(SelfDraft(model), cost=Free())):
         with pytest.raises(ValueError, match="is NaN: the model's weights or inputs are broken"):
             scrimp.generate(broken, [1, 2], max_new_tokens=9, draft=draft)
 
@@ -274,7 +273,7 @@ def test_the_distribution_is_the_models() -> None:
         chances = model(torch.cat([torch.tensor([[5, 2]]).expand(64, 2), pairs], 1)).logits.softmax(-1)
     rows = torch.arange(64)
     expected = (chances[rows, 1, pairs[:, 0]] * chances[rows, 2, pairs[:, 1]]) @ chances[:, 3]
-    draft = scrimp.tree_decoding(RecyclingDraft(width=3), NgramDraft(), guesses=7, cost=FREE)
+    draft = scrimp.tree_decoding(RecyclingDraft(width=3), NgramDraft(), guesses=7, cost=Free())
     found: Counter[int] = Counter()
     for first in range(0, 1024, 8):
         batch = scrimp.generate(

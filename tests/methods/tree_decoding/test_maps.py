@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scrimp.benchmarks.tree_exact import Free
 from transformers import PreTrainedModel
 
 import scrimp
 from scrimp.methods.generation import KVCache, decoder_model, forward
-from scrimp.methods.tree_decoding import CostCurve, DraftMaps, HiddenTransfer, MedusaHeads, ahead
+from scrimp.methods.tree_decoding import DraftMaps, HiddenTransfer, MedusaHeads, ahead
 from scrimp.methods.tree_decoding.maps import FORMAT, model_hash
 from scrimp.methods.tree_decoding.sources.heads import _product
 from scrimp.methods.tree_decoding.tree import Tree, together
@@ -212,7 +213,7 @@ def test_good_maps_save_steps(kind: Any, tiny: Tiny) -> None:
     weight = torch.stack([torch.block_diag(torch.linalg.matrix_power(shift, i), torch.eye(32)) for i in (1, 2, 3)])
     own = DraftMaps(kind, layer, weight, torch.zeros(3, D), model_hash(view))
     source = MedusaHeads(own) if kind == "medusa" else HiddenTransfer(own)
-    draft = scrimp.tree_decoding(source, cost=CostCurve({1: 1.0}))
+    draft = scrimp.tree_decoding(source, cost=Free())
     ids = [[3], [9, 10]]
     got = scrimp.generate(model, ids, max_new_tokens=21, draft=draft)
     assert got == scrimp.generate(model, ids, max_new_tokens=21)

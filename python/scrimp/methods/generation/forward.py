@@ -192,6 +192,8 @@ def prefill(
     grid = n // PANEL * PANEL if panels else 0
     cache.borrow(b, tokens)
     done = cache.common(b, tokens)
+    if model.for_prompts is not model:  # tokens that were decoded skipped work that a prompt's do not
+        done = min(done, cache.prompts[b])
     by_panel = cache.panels[b][0] if cache.panels[b][1] is how else 0
     if by_panel != cache.panels[b][0]:
         done = 0
@@ -207,6 +209,7 @@ def prefill(
     for first, end in spans(done, grid, n if finish or not panels else grid):
         state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns)
         cache.tokens[b].extend(tokens[first:end])
+        cache.prompts[b] = end
         if end <= grid:
             cache.panels[b] = (end, how)
     return None if state is None or not finish else state[:, -1:]
@@ -222,11 +225,21 @@ def spans(done: int, grid: int, n: int) -> Iterator[tuple[int, int]]:
 
 
 def advance(
-    cache: KVCache, b: int, tokens: Tensor, first: int, whole: bool, patterns: HeadPatterns | None = None
+    cache: KVCache,
+    b: int,
+    tokens: Tensor,
+    first: int,
+    whole: bool,
+    patterns: HeadPatterns | None = None,
+    decoded: bool = False,
 ) -> Tensor:
-    """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`."""
+    """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`.
+
+    They are read as those of a prompt; with `decoded` as decoding reads them, to the bit where they are rows.
+    """
+    model = cache.model if decoded else cache.model.for_prompts
     keys, values = cache.of_sequence(b)
     if whole:
-        return panel(cache.model, keys, values, tokens, first, patterns)
+        return panel(model, keys, values, tokens, first, patterns)
     start = torch.tensor([first], dtype=torch.int32, device=tokens.device)
-    return rows(cache.model, keys, values, tokens, start)
+    return rows(model, keys, values, tokens, start)

@@ -21,6 +21,7 @@ class Linear(Protocol):
     """One or several linear layers of the same input, run as one.
 
     A row's result must not depend on the other rows for up to 64 rows in all; above that it must be deterministic.
+    One that skips work has an attribute `dense`, a Linear that skips nothing: prompts are read by that.
 
     Attributes:
         sizes: outputs of each of the layers, in the order in which they lie side by side.
@@ -68,6 +69,19 @@ class SideBySide:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = torch.cat([part(x) for part in self.parts], -1)
         return out if residual is None else out + residual
+
+    @property
+    def dense(self) -> SideBySide:
+        """Itself where no part skips work."""
+        parts = [for_prompts(part) for part in self.parts]
+        alike = all(a is b for a, b in zip(parts, self.parts, strict=True))
+        return self if alike else SideBySide(parts)
+
+
+def for_prompts(linear: Linear) -> Linear:
+    """The linear that reads prompts: itself unless it skips work."""
+    found: Linear = getattr(linear, "dense", linear)
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -54,14 +54,14 @@ SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* c
       part = Sums::add(part, of.values(q), (IntVec)load_bits(x + 2 * at));
       part = Sums::add(part, of.values(q >> 4), (IntVec)load_bits(x + 2 * at + kPieceBytes));
       sums[i] = Sums::finish(IntVec{}, part);
-      if (at % 64 == 0) __builtin_prefetch(ahead + at);
+      if (at % 64 == 0) __builtin_prefetch(ahead + at, 0, 2);
     }
   }
   return add_neighbours(sums);
 }
 
 // The panel's outputs for one row.
-struct RowPanel {
+struct Int8RowPanel {
   const Int4Panel& p;
   const Int4Rows& x = *p.x;
   const int64_t blocks = (x.columns + x.block - 1) / x.block;
