@@ -101,7 +101,7 @@ static void find_threshold(const Exact& exact, const Screen& screen, int64_t m, 
   found.dense = !screen.usable[m] || head.tiles < count || head.V <= head.most;
   if (found.dense) return;
   Logit top[kGuesses * kMostLogits];
-  float centres[kGuesses * kMostLogits * kScreenTile], logits[kGuesses * kMostLogits];
+  float centres[kGuesses * kMostLogits * kScreenTile] = {}, logits[kGuesses * kMostLogits];
   int32_t ids[kGuesses * kMostLogits * kScreenTile], guesses[kGuesses * kMostLogits];
   first_of(screen.centre + m * head.tiles, head.tiles, count, top);
   int64_t rows = 0;
