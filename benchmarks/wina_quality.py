@@ -44,7 +44,7 @@ def spread(found: Quality, dense: Quality) -> float:
 def line(row: Row) -> str:
     """A row for people."""
     return (
-        f"{row['case']:<13} {row['allocation']:<8} {row['sparsity']:7.0%} {row['dropped']:8.1%}  "
+        f"{row['method']:<13} {row['allocation']:<8} {row['sparsity']:7.0%} {row['dropped']:8.1%}  "
         f"{row['perplexity']:8.4f}  {100 * (row['perplexity_ratio'] - 1):+7.2f} +- {100 * row['ratio_error']:.2f} %  "
         f"{row['kl_mean']:8.5f}  {row['top1_agreement']:7.2%}"
     )
@@ -87,8 +87,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 scrimp.sparsify(other, calibration, sparsity, method, allocation)
                 with metered(other) as usage:
                     found, dense = quality(Reader(other), windows, reference)
-                own: Row = {"allocation": allocation, "sparsity": sparsity, "dropped": round(usage.dropped, 4)}
-                rows.append(row(method, found, dense.perplexity, fields | own | {"ratio_error": spread(found, dense)}))
+                own: Row = {"method": method, "allocation": allocation, "sparsity": sparsity}
+                own |= {"dropped": round(usage.dropped, 4), "ratio_error": round(spread(found, dense), 5)}
+                name = f"{method}-{allocation}-{sparsity:g}"
+                rows.append(row(name, found, dense.perplexity, fields | own))
                 print(line(rows[-1]), flush=True)
     print(f"dense: perplexity {rows[0]['reference_perplexity']}")
     if asked.json is not None:
