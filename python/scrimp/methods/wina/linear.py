@@ -95,6 +95,12 @@ class SparseLinear(nn.Module):
         self.selection = self.selection.to(self.weight.device)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Writers of files want a row's elements side by side, and tensors that share no memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
+
     @staticmethod
     def engine_linear(modules: Sequence[SparseLinear]) -> Linear:
         """The layers, which share their input, for the decoding loop."""
