@@ -3,6 +3,7 @@
 
 #include "common/simd.h"
 #include "common/unroll.h"
+#include "common/with_type.h"
 #include "cpu/int4_linear.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -170,12 +171,19 @@ SCRIMP_INLINE void for_codes(const Int4Panel& p, int64_t chunk, Put put) {
   }
 }
 
+// Fetches what lies at this place of the next panel, were its codes of a chunk one array: few at a time, because more
+// would stall the loads.
+SCRIMP_INLINE void fetch_next(const Int4Panel& p, int64_t chunk, int n, int word) {
+  __builtin_prefetch(p.next + chunk * kPanel * 64 + n * 64 + word * kPieceBytes, 0, 2);
+}
+
 // to[column][output] of a chunk, in exact mode
 template <bool Book>
 void unpack(const Int4Panel& p, int64_t chunk, float* to) {
   const FloatCodes<Book> codes(p.codebook);
   for_codes(p, chunk, [&](int n, int word, BitsVec q) __attribute__((always_inline)) {
     float* at = to + word * 8 * kPanel + n;
+    fetch_next(p, chunk, n, word);
     store(at, codes.template value<0>(q));
     store(at + kPanel, codes.template value<1>(q));
     store(at + 2 * kPanel, codes.template value<2>(q));
@@ -193,6 +201,7 @@ void unpack(const Int4Panel& p, int64_t chunk, uint32_t* to) {
   const ByteCodes<Book> codes{static_cast<const int8_t*>(p.codebook)};
   for_codes(p, chunk, [&](int n, int word, BitsVec q) __attribute__((always_inline)) {
     const BitsVec even = codes.values(q), odd = codes.values(q >> 4);
+    fetch_next(p, chunk, n, word);
     memcpy(to + 2 * word * kPanel + n, &even, sizeof even);
     memcpy(to + (2 * word + 1) * kPanel + n, &odd, sizeof odd);
   });

@@ -47,9 +47,9 @@ struct Problem {
     SCRIMP_CHECK(float_type(x), "int4_linear: x must be float32, bfloat16 or float16 on the CPU");
     SCRIMP_CHECK(qweight.scalar_type() == ScalarType::Byte, "int4_linear: qweight must be uint8");
     SCRIMP_CHECK(float_type(scales), "int4_linear: scales must be float32, bfloat16 or float16 on the CPU");
-    SCRIMP_CHECK(K == 0 || (group > 0 && K % group == 0 &&
-                            (group == K || group == 16 || group == 32 || group == 64 || group == 128)),
-                 "int4_linear: group_size=", group, " must be 16, 32, 64, 128 or K=", K, " and divide it");
+    SCRIMP_CHECK(
+        group > 0 && K % group == 0 && (group == K || group == 16 || group == 32 || group == 64 || group == 128),
+        "int4_linear: group_size=", group, " must be 16, 32, 64, 128 or K=", K, " and divide it");
     check_shape("scales", scales, {N, K ? K / group : 0});
     SCRIMP_CHECK(zeros.has_value() == (kind != Int4Zeros::none), "int4_linear: zeros do not fit zero_kind");
     if (zeros) {
@@ -111,16 +111,19 @@ static const void* data(const std::optional<Tensor>& tensor) { return tensor ? t
 // Rows [first, first + rows): x is packed once, then panels of outputs are computed.
 static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_t rows, const void* codebook,
                      const Tensor& out) {
-  const int64_t block = std::min(p.group, kInt4Chunk), chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk;
-  const int64_t blocks = (p.K + block - 1) / block, panels = (p.N + kInt4Panel - 1) / kInt4Panel;
+  const int64_t block = p.group == p.K ? kInt4Chunk : std::min(p.group, kInt4Chunk);
+  const int64_t chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk;
+  const int64_t blocks = (p.K + block - 1) / block, outputs = rows == 1 && !p.int8 ? kInt4RowPanel : kInt4Panel;
+  const int64_t panels = (p.N + outputs - 1) / outputs;
   const int64_t workers = worker_count(std::max(panels, rows), rows * p.N * p.K / 8);
 
   Memory memory;
   const int64_t values = memory.reserve<float>(p.int8 ? 0 : chunks * rows * kInt4Chunk);
   const int64_t integers = memory.reserve<int8_t>(p.int8 ? chunks * rows * kInt4Chunk : 0);
-  const int64_t sums = memory.reserve<float>(blocks * rows), scales = memory.reserve<float>(blocks * rows);
-  const int64_t starts = memory.reserve<int32_t>(blocks * rows);
-  const int64_t ordered = chunks * kInt4Chunk, scratch_size = std::max(int4_scratch(rows), ordered);
+  const int64_t in_blocks = blocks * rows + kInt4Groups;
+  const int64_t sums = memory.reserve<float>(in_blocks), scales = memory.reserve<float>(in_blocks);
+  const int64_t starts = memory.reserve<int32_t>(in_blocks);
+  const int64_t ordered = chunks * kInt4Chunk, scratch_size = std::max(int4_scratch(rows, blocks), ordered);
   const int64_t scratch = memory.reserve<float>(workers * scratch_size);
   memory.allocate();
 
@@ -137,7 +140,7 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
                                   : p.kind == Int4Zeros::none ? 8
                                                               : 0,
                         .int8 = p.int8};
-  const auto pack = SCRIMP_KERNEL(int4_pack);
+  const auto pack = SCRIMP_VNNI_KERNEL(int4_pack);
   for_each_item(rows, rows == 1 ? 1 : workers, [&](int64_t row, int64_t worker) {
     pack({.to = &packed,
           .row = row,
@@ -153,11 +156,11 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const auto* all_scales = static_cast<const char*>(p.scales.data_ptr());
   const auto* all_zeros = static_cast<const char*>(data(p.zeros));
   const auto* bias = static_cast<const char*>(data(p.bias));
-  const auto kernel = SCRIMP_KERNEL(int4_panel);
+  const auto kernel = SCRIMP_VNNI_KERNEL(int4_panel);
   for_each_item(panels, std::min(workers, panels), [&](int64_t panel, int64_t worker) {
-    const int64_t n = panel * kInt4Panel, next = std::min(n + workers * kInt4Panel, p.N - 1);
+    const int64_t n = panel * outputs, next = std::min(n + workers * outputs, p.N - 1);
     kernel({.x = &packed,
-            .outputs = std::min(kInt4Panel, p.N - n),
+            .outputs = std::min(outputs, p.N - n),
             .codes = codes + n * stride,
             .codes_stride = stride,
             .codes_end = codes + p.N * stride,

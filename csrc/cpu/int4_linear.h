@@ -10,17 +10,19 @@ namespace scrimp {
 
 constexpr int64_t kInt4Chunk = 128;     // columns that are unpacked together: 64 bytes of a row of codes
 constexpr int64_t kInt4Panel = 64;      // outputs that are computed together
+constexpr int64_t kInt4RowPanel = 16;   // the same for one row in exact mode
 constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
 constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
 constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch
 
 enum class Int4Zeros : int { none, shift, offset };  // c[q] s, (q - z) s, q s + z
 
-// Rows of x made ready for `int4_panel`. A block is min(group, 128) columns; columns behind the last one are zeros.
+// Rows of x made ready for `int4_panel`. A block is 16, 32, 64 or 128 columns, 128 where a row of the weight is one
+// group; columns behind the last one are zeros. The arrays of blocks may be read kInt4Groups behind their end.
 struct Int4Rows {
   int64_t rows, columns, block;
   float* values;     // exact: [chunk][row][128]
-  int8_t* integers;  // int8: [chunk][row][128], of eight columns first the even ones
+  int8_t* integers;  // int8: [chunk][row][128], of some columns first the even ones
   float* sums;       // [block][row]: of the values or integers
   float* scales;     // int8: [block][row]
   int32_t* starts;   // int8: [block][row]: what a sum of products starts from, -center * sums
@@ -57,13 +59,15 @@ struct Int4Panel {
   void* out;             // [rows][outputs]
   int64_t out_stride;    // elements
   FloatType type;        // of bias and out
-  float* scratch;        // int4_scratch(rows) floats
+  float* scratch;        // int4_scratch(rows, blocks) floats
 };
 
-// Floats of a panel's scratch: unpacked codes, scales, zeros, sums.
-inline int64_t int4_scratch(int64_t rows) { return kInt4Panel * (kInt4Chunk + 2 * kInt4Groups + rows); }
+// Floats of a panel's scratch: unpacked codes, scales, zeros and sums, or the terms of a vector of outputs.
+inline int64_t int4_scratch(int64_t rows, int64_t blocks) {
+  return kInt4Panel * (kInt4Chunk + 2 * kInt4Groups + rows) + (blocks + kInt4Groups) * kInt4Groups;
+}
 
 }  // namespace scrimp
 
 // int4_pack packs one row of x, int4_panel multiplies all rows with a panel of the weight.
-SCRIMP_DECLARE_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))
+SCRIMP_DECLARE_VNNI_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))

@@ -48,7 +48,16 @@ SCRIMP_INLINE IntVec broadcast_word(const void* p) {
   return IntVec{} + word;
 }
 
-// totals += t (scale of x) as the contract of int8 mode says, every operation rounded by itself.
+// What a block adds to an output but for the scale of x, as the contract of int8 mode says: every operation is rounded
+// by itself.
+template <Int4Zeros Kind>
+SCRIMP_INLINE Vec term(Vec dot, Vec scale, Vec zero, Vec sum) {
+  if constexpr (Kind == Int4Zeros::shift) return (dot - zero * sum) * scale;
+  if constexpr (Kind == Int4Zeros::offset) return dot * scale + zero * sum;
+  return dot * scale;
+}
+
+// totals += t (scale of x)
 template <int C, Int4Zeros Kind, class Sums>
 void add_tile(const Block& b, const uint32_t* weights, const int8_t* x, const float* x_scales, const int32_t* starts) {
   IntVec sum[kTileVectors][C];
@@ -69,13 +78,17 @@ void add_tile(const Block& b, const uint32_t* weights, const int8_t* x, const fl
   }
   for_vectors<kTileVectors, C>([&](int r, int c) {
     const Vec dot = __builtin_convertvector(sum[r][c], Vec), scale = load(b.scales + r * kLanes);
-    Vec term = dot;
-    if constexpr (Kind == Int4Zeros::none) term = dot * scale;
-    if constexpr (Kind == Int4Zeros::shift) term = (dot - load(b.zeros + r * kLanes) * broadcast(b.sums[c])) * scale;
-    if constexpr (Kind == Int4Zeros::offset) term = dot * scale + load(b.zeros + r * kLanes) * broadcast(b.sums[c]);
+    const Vec t = term<Kind>(dot, scale, load(b.zeros + r * kLanes), broadcast(b.sums[c]));
     float* to = b.totals + c * kPanel + r * kLanes;
-    store(to, load(to) + term * broadcast(x_scales[c]));
+    store(to, load(to) + t * broadcast(x_scales[c]));
   });
+}
+
+// Writes a vector of outputs of one row, with the bias.
+template <class T>
+SCRIMP_INLINE void finish(const Int4Panel& p, const T* bias, int64_t row, int64_t n, Vec y) {
+  if (bias) y += load_first(bias + n, p.outputs - n);
+  store_first(static_cast<T*>(p.out) + row * p.out_stride + n, y, p.outputs - n);
 }
 
 }  // namespace

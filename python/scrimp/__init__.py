@@ -4,10 +4,12 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .head_screen import HeadScreen
 from .int4_weight import Int4Weight
 from .loading import load
 from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
+from .methods.heads import compress_head
 from .methods.int4 import quantize
 from .methods.tree_decoding import tree_decoding
 from .methods.wina import Calibration, calibrate, sparsify
@@ -21,11 +23,13 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path, not installe
 __all__ = [
     "Calibration",
     "HeadPatterns",
+    "HeadScreen",
     "Int4Weight",
     "KVCache",
     "SparsePlan",
     "__version__",
     "calibrate",
+    "compress_head",
     "generate",
     "implementations",
     "load",

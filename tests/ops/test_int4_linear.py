@@ -21,6 +21,8 @@ IMPLEMENTATIONS = scrimp.implementations("int4_linear") | {"dispatcher": OP.call
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (rows, N, K, group_size): odd N, one and many groups, per channel with a short last block
 SHAPES = [(1, 1, 16, 16), (3, 19, 64, 32), (5, 63, 192, 64), (2, 33, 384, 128), (7, 5, 300, 300), (65, 17, 96, 96)]
+# One row has loops of its own: outputs shorter than a line, blocks that do not fill vectors, a second panel of outputs
+SHAPES += [(1, 70, 48, 16), (1, 37, 544, 32), (1, 34, 576, 64), (1, 18, 1152, 128), (1, 2, 300, 300)]
 
 
 def arguments(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, mode: str = "exact") -> tuple[Any, ...]:

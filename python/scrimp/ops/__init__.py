@@ -1,6 +1,7 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
 from .channel_select import channel_select
+from .exact_head import exact_head
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
 from .kv_compact import kv_compact
@@ -14,9 +15,12 @@ from .sparse_linear import sparse_linear
 from .tree_accept import tree_accept
 from .tree_attention import tree_attention
 from .vertical_slash_index import vertical_slash_index
+from .vq_logits import vq_logits
+from .vq_sample import vq_sample
 
 __all__ = [
     "channel_select",
+    "exact_head",
     "gelu_mul",
     "int4_linear",
     "kv_compact",
@@ -30,4 +34,6 @@ __all__ = [
     "tree_accept",
     "tree_attention",
     "vertical_slash_index",
+    "vq_logits",
+    "vq_sample",
 ]

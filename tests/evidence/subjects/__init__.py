@@ -2,6 +2,7 @@
 
 from .gelu_mul import SUBJECT as gelu_mul
 from .int4_linear import SUBJECT as int4_linear
+from .linear import SUBJECT as linear
 from .merge_attention import SUBJECT as merge_attention
 from .rms_norm import SUBJECT as rms_norm
 from .rotary_append import SUBJECT as rotary_append
@@ -13,7 +14,7 @@ from .vertical_slash_index import SUBJECT as vertical_slash_index
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
-        gelu_mul, int4_linear, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention,
+        gelu_mul, int4_linear, linear, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention,
         vertical_slash_index,
     )
 }  # fmt: skip

@@ -7,7 +7,7 @@ the loop never asks what it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,19 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `[B, T, K]`, residual `[B, T, sum of sizes]` -> `[B, T, sum of sizes]`, contiguous."""
+        ...
+
+
+@runtime_checkable
+class Head(Linear, Protocol):
+    """A head that computes less where the largest logits are enough."""
+
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """x `[B, T, d]` -> logits `[B, T, V]`, of which those that are not among the k largest may be -inf.
+
+        k = 1: of equal ones that of the lowest id is there. k > 1: so are all equals of the k-th, and all that become
+        its equals when they are divided by a temperature. k = 0: all are wanted, to choose a token.
+        """
         ...
 
 

@@ -2,9 +2,11 @@
 //
 // A chunk's codes are unpacked once, with outputs in the lanes, and stay in the cache while all rows use them. Sums
 // over a block of columns are taken in the order of the columns and added up in the order of the blocks, for every
-// number of rows alike: a row's result does not depend on the others.
-#pragma GCC optimize("fp-contract=off")  // int8 mode rounds every operation; fused ones are written fma()
-#include "common/with_type.h"
+// number of rows alike: a row's result does not depend on the others. The file is compiled with -ffp-contract=off,
+// because int8 mode rounds every operation; fused ones are written fma().
+#include "cpu/int4_linear.groups.h"
+#include "cpu/int4_linear.row_exact.h"
+#include "cpu/int4_linear.row_int8.h"
 #include "cpu/int4_linear.tiles.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -12,6 +14,10 @@ namespace {
 
 constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
 constexpr uint32_t kInfinityBits = 0x7f800000;
+
+typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
+typedef uint16_t PairVec __attribute__((vector_size(kLanes)));
+typedef uint8_t PairHalf __attribute__((vector_size(kLanes / 2)));
 
 // ---- rows of x ----
 
@@ -31,90 +37,38 @@ const float* ordered(const Int4Row& row) {
   return row.scratch;
 }
 
-// x[0, columns) to integers; returns their sum, and their scale in *scale.
-float quantize(const float* x, int64_t columns, int8_t* to, float* scale) {
+// x[begin, begin + columns) to integers, of each Span columns first the even ones; returns their sum, and their scale
+// in *scale.
+template <int Span>
+float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float* scale) {
   BitsVec bits{};
-  for (int64_t k = 0; k < columns; k += kLanes) {
+  for (int64_t k = begin; k < begin + columns; k += kLanes) {
     const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
     bits = some > bits ? some : bits;
   }
-  uint32_t most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) most = bits[lane] > most ? bits[lane] : most;
-  float largest;
-  memcpy(&largest, &most, sizeof largest);
+  const float largest = fold_lanes((Vec)bits, [](Vec a, Vec b) { return (BitsVec)a > (BitsVec)b ? a : b; });
+  uint32_t most;
+  memcpy(&most, &largest, sizeof most);
   const bool usable = most < kInfinityBits && largest >= kSmallest;
   *scale = most >= kInfinityBits ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
   if (!usable) return 0.0f;
   const Vec steps = broadcast(127.0f / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23 rounds to integers
   Vec sum{};
-  for (int64_t k = 0; k < columns; k += kLanes) {
+  for (int64_t k = begin; k < begin + columns; k += kLanes) {
     const Vec rounded = (load(x + k) * steps + magic) - magic;
     sum += rounded;
-    const IntVec integers = __builtin_convertvector(rounded, IntVec);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = k + lane;
-      to[at / 8 * 8 + at % 2 * 4 + at % 8 / 2] = static_cast<int8_t>(integers[lane]);
+    const auto pairs = (PairVec) __builtin_convertvector(__builtin_convertvector(rounded, IntVec), QuarterVec);
+    const PairHalf even = __builtin_convertvector(pairs & 0xff, PairHalf);
+    const PairHalf odd = __builtin_convertvector(pairs >> 8, PairHalf);
+    constexpr int kRun = Span < kLanes ? Span : kLanes;
+    for (int i = 0; i < kLanes; i += kRun) {
+      int8_t* const at = to + (k + i) / Span * Span + (k + i) % Span / 2;
+      memcpy(at, reinterpret_cast<const char*>(&even) + i / 2, kRun / 2);
+      memcpy(at + Span / 2, reinterpret_cast<const char*>(&odd) + i / 2, kRun / 2);
     }
   }
   return sum_lanes(sum);
 }
-
-// ---- scales and zeros ----
-
-// The scales and zeros of a panel for some groups, with outputs in the lanes.
-struct Groups {
-  const Int4Panel& p;
-  const int64_t count;
-  float* const scales;
-  float* const zeros;
-  int64_t first = -kInt4Groups;
-
-  Groups(const Int4Panel& panel, float* to)
-      : p(panel),
-        count((panel.x->columns + panel.group - 1) / panel.group),
-        scales(to),
-        zeros(to + kPanel * kInt4Groups) {}
-
-  template <class T>
-  void transposed(const T* from, const void* end, float* to) const {
-    for (int n = 0; n < kPanel && n < p.outputs; n += kLanes) {
-      for (int64_t group = 0; group < kInt4Groups && first + group < count; group += kLanes) {
-        Vec values[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const T* at = from + (n + i < p.outputs ? n + i : p.outputs - 1) * count + first + group;
-          values[i] = load_first(at, static_cast<const T*>(end) - at);
-        }
-        transpose(values);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + (group + i) * kPanel + n, values[i]);
-      }
-    }
-  }
-
-  // Where the scales of a group lie, after its neighbours were brought in where needed.
-  int64_t find(int64_t group) {
-    if (group >= first + kInt4Groups) {
-      first = group;
-      with_type(p.scale_type, p.scales, [&](auto* from) { transposed(from, p.scales_end, scales); });
-      if (p.zeros && p.byte_zeros) transposed(static_cast<const uint8_t*>(p.zeros), p.zeros_end, zeros);
-      if (p.zeros && !p.byte_zeros) {
-        with_type(p.scale_type, p.zeros, [&](auto* from) { transposed(from, p.zeros_end, zeros); });
-      }
-      if (!p.x->int8) center();
-    }
-    return (group - first) * kPanel;
-  }
-
-  // Exact mode's codes stand for q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
-  void center() {
-    if (p.kind == Int4Zeros::none) return;
-    for (int64_t i = 0; i < kInt4Groups * kPanel; i += kLanes) {
-      const Vec s = load(scales + i), z = load(zeros + i);
-      store(zeros + i, p.kind == Int4Zeros::shift ? (8.0f - z) * s : fma(broadcast(8.0f), s, z));
-    }
-  }
-};
 
 // ---- a panel ----
 
@@ -171,24 +125,16 @@ struct Panel {
     const int64_t chunks = (x.columns + kInt4Chunk - 1) / kInt4Chunk;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t columns = x.columns - chunk * kInt4Chunk < kInt4Chunk ? x.columns - chunk * kInt4Chunk : kInt4Chunk;
-      for (int64_t line = 0; line < kPanel; ++line) __builtin_prefetch(p.next + (chunk * kPanel + line) * 64, 0, 2);
       p.codebook ? unpack<true>(chunk) : unpack<false>(chunk);
       for (int64_t begin = 0; begin < columns; begin += x.block) {
         add_block(chunk, begin, columns - begin < x.block ? columns - begin : x.block);
       }
     }
-    with_type(p.type, p.bias, [&](auto* bias) { finish(bias); });
-  }
-
-  template <class T>
-  void finish(const T* bias) {
-    for (int64_t row = 0; row < x.rows; ++row) {
-      for (int64_t n = 0; n < p.outputs; n += kLanes) {
-        Vec y = load(totals + row * kPanel + n);
-        if (bias) y += load_first(bias + n, p.outputs - n);
-        store_first(static_cast<T*>(p.out) + row * p.out_stride + n, y, p.outputs - n);
+    with_type(p.type, p.bias, [&](auto* bias) {
+      for (int64_t row = 0; row < x.rows; ++row) {
+        for (int64_t n = 0; n < p.outputs; n += kLanes) finish(p, bias, row, n, load(totals + row * kPanel + n));
       }
-    }
+    });
   }
 };
 
@@ -197,17 +143,21 @@ struct Panel {
 void int4_pack(const Int4Row& row) {
   const Int4Rows& to = *row.to;
   const float* x = ordered(row);
+  const int64_t chunks = (to.columns + kInt4Chunk - 1) / kInt4Chunk;
+  for (int64_t chunk = 0; to.int8 && chunk < chunks; ++chunk) {
+    memset(to.integers + (chunk * to.rows + row.row) * kInt4Chunk, 0, kInt4Chunk);
+  }
   for (int64_t column = 0; column < to.columns; column += to.block) {
     const int64_t block = column / to.block * to.rows + row.row, chunk = column / kInt4Chunk;
-    const int64_t at = (chunk * to.rows + row.row) * kInt4Chunk + column % kInt4Chunk;
+    const int64_t at = (chunk * to.rows + row.row) * kInt4Chunk, begin = column % kInt4Chunk;
     const int64_t padded =
         (to.columns - column < to.block ? (to.columns - column + kLanes - 1) / kLanes * kLanes : to.block);
     if (to.int8) {
-      memset(to.integers + at, 0, to.block);
-      to.sums[block] = quantize(x + column, padded, to.integers + at, to.scales + block);
+      const auto quantize = by_rows(to) ? SCRIMP_ISA::quantize<kVectorColumns> : SCRIMP_ISA::quantize<8>;
+      to.sums[block] = quantize(x + chunk * kInt4Chunk, begin, padded, to.integers + at, to.scales + block);
       to.starts[block] = -to.center * static_cast<int32_t>(to.sums[block]);
     } else {
-      memcpy(to.values + at, x + column, sizeof(float) * to.block);
+      memcpy(to.values + at + begin, x + column, sizeof(float) * to.block);
       Vec sum{};
       for (int64_t k = 0; k < padded; k += kLanes) sum += load(x + column + k);
       to.sums[block] = sum_lanes(sum);
@@ -215,6 +165,10 @@ void int4_pack(const Int4Row& row) {
   }
 }
 
-void int4_panel(const Int4Panel& panel) { Panel(panel).run(); }
+void int4_panel(const Int4Panel& panel) {
+  if (by_rows(*panel.x)) return Int8RowPanel{panel}.run();
+  if (by_chunks(*panel.x)) return ExactRowPanel{panel}.run();
+  Panel(panel).run();
+}
 
 }  // namespace scrimp::SCRIMP_ISA

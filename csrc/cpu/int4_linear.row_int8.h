@@ -1,0 +1,144 @@
+// int4_linear, one row of x in int8 mode: the weight is read once, in the order of its addresses.
+//
+// A vector of codes is split into its even and its odd columns, and x lies in that order. Neighbouring lanes are added
+// until each lane holds the product of one block, with kLanes blocks of an output in a vector: their scales lie so in
+// memory. Terms of kLanes outputs are transposed at the end, so that the sum over blocks keeps their order.
+#pragma once
+
+#include "cpu/int4_linear.tiles.h"
+
+namespace scrimp::SCRIMP_ISA {
+namespace {
+
+constexpr int kVectorColumns = 8 * kLanes;  // columns of a vector of codes
+constexpr int64_t kAhead = 8192;            // bytes from a code that is read to the one that is fetched
+
+// Whether x is packed for, and multiplied by, what follows.
+SCRIMP_INLINE bool by_rows(const Int4Rows& x) { return x.int8 && x.rows == 1; }
+
+// Lane i: the sum of the lanes [Count i, Count (i + 1)) of all vectors laid side by side.
+template <int Count>
+SCRIMP_INLINE IntVec add_neighbours(IntVec (&x)[Count]) {
+#pragma GCC unroll 4
+  for (int half = Count / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const IntVec a = x[2 * i], b = x[2 * i + 1];
+#if defined(__AVX512F__)
+      x[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+             __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+      x[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+             __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+      x[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+    }
+  }
+  return x[0];
+}
+
+// Products of the kLanes blocks whose codes begin at `codes`, of which the output has `bytes`; a block is 8 Vectors
+// columns.
+template <bool Book, class Sums, int Vectors>
+SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* codes, int64_t bytes, const int8_t* x,
+                                     const uint8_t* ahead) {
+  IntVec sums[Vectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Vectors; ++i) {
+    sums[i] = IntVec{};
+    const int at = i * kPieceBytes;
+    if (at < bytes) {
+      const BitsVec q = load_bits(codes + at);
+      IntVec part = Sums::start(IntVec{});
+      part = Sums::add(part, of.values(q), (IntVec)load_bits(x + 2 * at));
+      part = Sums::add(part, of.values(q >> 4), (IntVec)load_bits(x + 2 * at + kPieceBytes));
+      sums[i] = Sums::finish(IntVec{}, part);
+      if (at % 64 == 0) __builtin_prefetch(ahead + at, 0, 2);
+    }
+  }
+  return add_neighbours(sums);
+}
+
+// The panel's outputs for one row.
+struct Int8RowPanel {
+  const Int4Panel& p;
+  const Int4Rows& x = *p.x;
+  const int64_t blocks = (x.columns + x.block - 1) / x.block;
+  const int64_t groups = (x.columns + p.group - 1) / p.group;
+
+  // Scales or zeros of the blocks from `block` on; what lies behind the last one is not used.
+  template <class T>
+  SCRIMP_INLINE Vec of_blocks(const T* from, const void* end, int64_t output, int64_t block) const {
+    if (groups == 1) return broadcast(load_first(from + output, 1)[0]);
+    const T* at = from + output * groups + block;
+    return load_first(at, static_cast<const T*>(end) - at);
+  }
+
+  SCRIMP_INLINE Vec zeros(int64_t output, int64_t block) const {
+    if (p.byte_zeros) return of_blocks(static_cast<const uint8_t*>(p.zeros), p.zeros_end, output, block);
+    return with_type(p.scale_type, p.zeros, [&](auto* from) { return of_blocks(from, p.zeros_end, output, block); });
+  }
+
+  // What kLanes blocks add to an output.
+  template <bool Book, class Sums, int Vectors>
+  SCRIMP_INLINE Vec terms(const ByteCodes<Book>& of, int64_t output, int64_t block) const {
+    constexpr int kStepBytes = Vectors * kPieceBytes;
+    const int64_t at = block * x.block / 2, bytes = x.columns / 2 - at, place = output * p.codes_stride + at;
+    const uint8_t* codes = p.codes + place;
+    uint8_t some[kStepBytes];
+    if (p.codes_end - codes < kStepBytes) [[unlikely]] {
+      memset(some, 0, kStepBytes);
+      memcpy(some, codes, bytes < kStepBytes ? bytes : kStepBytes);
+      codes = some;
+    }
+    const int64_t beyond = place + kAhead - p.outputs * p.codes_stride;
+    const uint8_t* ahead = beyond < 0 ? p.codes + place + kAhead : p.next + beyond;
+    const IntVec sums = multiply_blocks<Book, Sums, Vectors>(of, codes, bytes, x.integers + 2 * at, ahead);
+    const Vec dot = __builtin_convertvector(sums + (IntVec)load_bits(x.starts + block), Vec);
+    const Vec scale =
+        with_type(p.scale_type, p.scales, [&](auto* from) { return of_blocks(from, p.scales_end, output, block); });
+    const Vec sum = load(x.sums + block), factor = load(x.scales + block);
+    if (p.kind == Int4Zeros::shift) return term<Int4Zeros::shift>(dot, scale, zeros(output, block), sum) * factor;
+    if (p.kind == Int4Zeros::offset) return term<Int4Zeros::offset>(dot, scale, zeros(output, block), sum) * factor;
+    return term<Int4Zeros::none>(dot, scale, Vec{}, sum) * factor;
+  }
+
+  template <bool Book, class Sums, int Vectors>
+  void run() const {
+    const ByteCodes<Book> of{static_cast<const int8_t*>(p.codebook)};
+    float* const at = p.scratch;  // [kLanes blocks][output][block]
+    for (int64_t n = 0; n < p.outputs; n += kLanes) {
+      for (int64_t i = 0; i < kLanes && n + i < p.outputs; ++i) {
+        for (int64_t block = 0; block < blocks; block += kLanes) {
+          store(at + (block + i) * kLanes, terms<Book, Sums, Vectors>(of, n + i, block));
+        }
+      }
+      Vec total{};
+      for (int64_t block = 0; block < blocks; block += kLanes) {
+        Vec some[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) some[i] = load(at + (block + i) * kLanes);
+        transpose(some);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (block + i < blocks) total += some[i];
+        }
+      }
+      with_type(p.type, p.bias, [&](auto* bias) { finish(p, bias, 0, n, total); });
+    }
+  }
+
+  template <bool Book, class Sums>
+  void run() const {
+    if (x.block == 128) return run<Book, Sums, 16>();
+    if (x.block == 64) return run<Book, Sums, 8>();
+    if (x.block == 32) return run<Book, Sums, 4>();
+    run<Book, Sums, 2>();
+  }
+
+  void run() const { p.codebook ? run<true, WideSums>() : run<false, NibbleSums>(); }
+};
+
+}  // namespace
+}  // namespace scrimp::SCRIMP_ISA
