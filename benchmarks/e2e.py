@@ -6,7 +6,7 @@ reads all weights of the model once.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -29,6 +29,7 @@ NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may pref
 INT8_TIE = 0.5  # a rounding error may move an activation of 8 bits by a whole step
 QUALITY_TOKENS = 512
 GROUP_SIZE = 64
+SPARSITY, SPARSE_TEXTS, SPARSE_TOKENS = 0.5, 8, 512
 WINDOW, WINDOWS = 512, 4  # tokens and number of the texts that make the exact head's basis
 QUESTIONS = {
     "tree-copy": "Repeat the text above word for word.",
@@ -54,6 +55,7 @@ def cases() -> list[Case]:
         case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
         case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
         *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
+        sparse_case(prompt=64, new=64),
         *(head_case(kind, prompt=64, new=64) for kind in HEADS),
         *(case(name, FP32, prompt=300, new=96, batch=1, peers=("self-plain", "hf_lookup")) for name in QUESTIONS),
         case("tree-text", FP32, prompt=64, new=96, batch=1, peers=("self-plain", "hf_lookup")),
@@ -75,6 +77,12 @@ def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
     return Case("e2e", name, FP32, shape, peers, make)
 
 
+def sparse_case(prompt: int, new: int) -> Case:
+    """Decoding with half of the channels, beside Hugging Face's loop with that model and ours with the dense one."""
+    shape = {"m": 1, "batch": 1, "n": prompt, "new_tokens": new}
+    return Case("e2e", "sparse", FP32, shape, ("hf", "self-dense"), partial(sparse_problem, prompt, new))
+
+
 def head_case(kind: str, prompt: int, new: int) -> Case:
     """Decoding with the exact head beside the dense one, both by our loop."""
     shape = {"m": 1, "batch": 1, "n": prompt, "new_tokens": new}
@@ -92,6 +100,16 @@ def quantized(mode: str) -> Any:
     """The demo model with 4-bit layers, rounded to nearest; its head stays dense."""
     model = copy.deepcopy(loaded(FP32)[0])
     scrimp.quantize(model, "rtn", GROUP_SIZE, mode=mode)
+    return model
+
+
+@cache
+def sparsified() -> Any:
+    """The demo model, skipping channels by scrimp's defaults."""
+    dense, tokenizer = loaded(FP32)
+    texts = text.windows(tokenizer, SPARSE_TOKENS, "calibration", SPARSE_TEXTS)
+    model = copy.deepcopy(dense)
+    scrimp.sparsify(model, scrimp.calibrate(dense, texts, progress=False), SPARSITY)
     return model
 
 
@@ -137,6 +155,18 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
         ours=ours,
         own={},
         fields={**problem.fields, "profile": "stock"},
+    )
+
+
+def sparse_problem(length: int, new: int) -> Problem:
+    """Hugging Face's logits are those of one token after the other: several at once are read densely."""
+    dense, tokenizer = loaded(FP32)
+    model, ids = sparsified(), prompts("sparse", tokenizer, length, 1)
+    return replace(
+        problem := of_model(model, ids, new),
+        check=lambda got: check(model, ids, got, NEAR_TIE[FP32], stepwise),
+        own={"self-dense": of_model(dense, ids, new).ours},
+        fields={**problem.fields, "sparsity": SPARSITY},
     )
 
 
@@ -216,10 +246,28 @@ def work(view: DecoderModel, batch: int, length: int, new: int) -> Work:
     return Work(bytes=new * weights + cached, flops=2.0 * numbers * batch * (length + new))
 
 
-def check(model: Any, ids: Tensor, got: Tensor, near_tie: float) -> None:
+def at_once(model: Any, ids: Tensor, got: Tensor) -> Tensor:
+    """Hugging Face's logits `[B, new, V]` before each new token."""
+    logits: Tensor = model(torch.cat([ids, got], 1), use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    return logits
+
+
+def stepwise(model: Any, ids: Tensor, got: Tensor) -> Tensor:
+    """The same, with each new token fed alone."""
+    out = model(ids, use_cache=True)
+    found = [out.logits[:, -1:]]
+    for token in got[:, :-1].split(1, 1):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+def check(
+    model: Any, ids: Tensor, got: Tensor, near_tie: float, read: Callable[[Any, Tensor, Tensor], Tensor] = at_once
+) -> None:
     """Every token is the best by Hugging Face's logits too, or as good as the best."""
     with torch.no_grad():
-        logits = model(torch.cat([ids, got], 1), use_cache=False).logits[:, ids.shape[1] - 1 : -1].float()
+        logits = read(model, ids, got).float()
     behind = logits.amax(-1) - logits.gather(2, got[..., None])[..., 0]
     worst = int(behind.argmax())
     if float(behind.max()) > near_tie:

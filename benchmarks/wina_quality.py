@@ -44,7 +44,7 @@ def spread(found: Quality, dense: Quality) -> float:
 def line(row: Row) -> str:
     """A row for people."""
     return (
-        f"{row['case']:<13} {row['allocation']:<8} {row['sparsity']:7.0%} {row['dropped']:8.1%}  "
+        f"{row['method']:<13} {row['allocation']:<8} {row['sparsity']:7.0%} {row['dropped']:8.1%}  "
         f"{row['perplexity']:8.4f}  {100 * (row['perplexity_ratio'] - 1):+7.2f} +- {100 * row['ratio_error']:.2f} %  "
         f"{row['kl_mean']:8.5f}  {row['top1_agreement']:7.2%}"
     )
@@ -63,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--allocations", nargs="+", default=["uniform"], choices=ALLOCATIONS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.65], metavar="S")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="read it instead of measuring one")
     parser.add_argument("--texts", type=int, default=8, metavar="N", help="calibration texts (default 8)")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default 512)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
@@ -71,11 +72,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     asked = parser.parse_args(words)
     model, tokenizer = scrimp.load(named_model(asked.model))
-    texts = text.windows(tokenizer, asked.length, "calibration", asked.texts)
     windows = text.windows(tokenizer, asked.window, "heldout", asked.windows)
     print(f"protocol: {PROTOCOL}")
-    print(f"{len(windows)} windows of {asked.window} tokens; calibrated on {len(texts)} texts of {asked.length}")
-    calibration = scrimp.calibrate(model, texts)
+    if asked.calibration is None:
+        calibration = scrimp.calibrate(model, text.windows(tokenizer, asked.length, "calibration", asked.texts))
+    else:
+        calibration = scrimp.Calibration.load(asked.calibration, model)
+    print(f"{len(windows)} windows of {asked.window} tokens; calibrated on {calibration.tokens} tokens")
     reference = Kept(model)
     fields = {"windows": len(windows), "window_tokens": asked.window}
     rows: list[Row] = []
@@ -87,8 +90,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 scrimp.sparsify(other, calibration, sparsity, method, allocation)
                 with metered(other) as usage:
                     found, dense = quality(Reader(other), windows, reference)
-                own: Row = {"allocation": allocation, "sparsity": sparsity, "dropped": round(usage.dropped, 4)}
-                rows.append(row(method, found, dense.perplexity, fields | own | {"ratio_error": spread(found, dense)}))
+                own: Row = {"method": method, "allocation": allocation, "sparsity": sparsity}
+                own |= {"dropped": round(usage.dropped, 4), "ratio_error": round(spread(found, dense), 5)}
+                name = f"{method}-{allocation}-{sparsity:g}"
+                rows.append(row(name, found, dense.perplexity, fields | own))
                 print(line(rows[-1]), flush=True)
     print(f"dense: perplexity {rows[0]['reference_perplexity']}")
     if asked.json is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scrimp.benchmarks import agreement, e2e, int4_quality, measure, registry, rows
+from scrimp.benchmarks import agreement, e2e, int4_quality, measure, registry, rows, wina_quality
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,6 +81,49 @@ def test_int4_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.Mo
             assert (row["mode"], row["group_size"]) == (mode, 64)
             assert row["profile"] == ("stock" if stock else "plain")
     e2e.quantized.cache_clear()
+
+
+def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
+    monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch, :length])
+    monkeypatch.setattr(e2e.text, "windows", lambda *_: texts)
+    e2e.sparsified.cache_clear()
+    case = e2e.sparse_case(prompt=12, new=6)
+    problem = case.make()
+    found = rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0)
+    assert [(row["peer"], row["note"], row["sparsity"]) for row in found] == [
+        ("hf", "", 0.5),
+        ("self-dense", "", 0.5),
+    ]
+    assert found[0]["identical_tokens"] == 6
+    assert found[0]["perplexity_ratio"] != pytest.approx(1, rel=1e-3)
+    got = problem.ours()
+    got[0, 3] = (got[0, 3] + 1) % 97
+    with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
+        problem.check(got)
+    e2e.sparsified.cache_clear()
+
+
+def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256, "initializer_range": 0.1}))
+    wide.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = ["--texts", "2", "--length", "32", "--window", "32", "--windows", "2", "--sparsities", "0", "0.6"]
+    out = tmp_path / "rows.json"
+    asked = [str(tmp_path / "model"), *sizes, "--allocations", "uniform", "greedy"]
+    assert wina_quality.main([*asked, "--json", str(out), "--csv", f"{out}.csv"]) == 0
+    found = json.loads(out.read_text())
+    assert [row["case"] for row in found] == [
+        f"{m}-{a}-{s}" for m in wina_quality.METHODS for a in ("uniform", "greedy") for s in ("0", "0.6")
+    ]
+    for row in found:
+        assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / row["reference_perplexity"], rel=1e-3)
+        assert row["dropped"] == pytest.approx(row["sparsity"], abs=0.05)
+        exact = row["sparsity"] == 0
+        assert (row["kl_mean"] < 1e-5) == exact
+        assert (row["ratio_error"] < 1e-4) == exact
+    assert "wina-centred" in capsys.readouterr().out
 
 
 def test_int4_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

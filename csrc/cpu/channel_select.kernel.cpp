@@ -128,7 +128,9 @@ void channel_select_score(const SelectRow& row) {
 SelectCut channel_select_cut(const float* score, int64_t channels, SelectRule rule, float level) {
   if (rule == SelectRule::top_k) return top_k(score, channels, level);
   if (rule == SelectRule::top_p) return top_p(score, channels, level);
-  return {rule == SelectRule::relative ? level * mean(score, channels) : level, -1};
+  if (rule == SelectRule::threshold) return {level, -1};
+  const float cut = level * mean(score, channels);
+  return {cut > __FLT_MAX__ ? __FLT_MAX__ : cut, -1};  // infinite scores are kept
 }
 
 void channel_select_mean(float* score, const float* scores, int64_t rows, int64_t channels) {

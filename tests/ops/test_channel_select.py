@@ -109,6 +109,13 @@ def test_nan_is_kept_and_zeros_are_defined(run: Any, rule: str) -> None:
         assert not energy[1].any()
 
 
+@pytest.mark.parametrize("run", [OP.reference, *IMPLEMENTATIONS.values()], ids=["reference", *IMPLEMENTATIONS])
+def test_infinity_is_kept_beside_a_mean_that_it_makes_infinite(run: Any) -> None:
+    x = torch.tensor([[1.0, -torch.inf, 2.0]])
+    kept, index, count, _ = run(x, torch.tensor([0.5]), None, None, None, RULES.index("relative"), False)
+    assert (kept.tolist(), index.tolist(), count.item()) == ([[0.0, -torch.inf, 0.0]], [1, -1, -1], 1)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_row_does_not_depend_on_the_others(name: str, rule: str) -> None:

@@ -63,7 +63,8 @@ def _keep(score: Tensor, level: Tensor, rule: str) -> Tensor:
     if rule == "threshold":
         return ~(score <= level)
     if rule == "relative":
-        return ~(score <= level * score.mean(-1, keepdim=True))
+        cut = level * score.mean(-1, keepdim=True)
+        return ~(score <= cut.clamp(max=torch.finfo(cut.dtype).max))
     order = score.argsort(dim=-1, descending=True, stable=True)  # NaN first; of equal scores the lower channel
     rank = order.argsort(dim=-1)
     if rule == "top_k":
@@ -125,7 +126,8 @@ def channel_select(
     Args:
         x: `[.., K]` fp32, bf16 or fp16; any strides.
         level: `[1]` fp32, or a number; what it means depends on `rule`.
-        rule: "threshold" keeps scores above `level`; "relative" those above `level` times the row's mean score;
+        rule: "threshold" keeps scores above `level`; "relative" those above `level` times the row's mean score, and
+            infinite ones;
             "top_k" the `level` largest; "top_p" the fewest that hold the share `level` of the row's energy, the sum of
             its squared scores (from 1 on: all scores but 0). Of equal scores the lower channel counts as the larger.
         scale: `[K]` fp32 factors of the scores; 1 unless given.

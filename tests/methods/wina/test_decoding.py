@@ -12,6 +12,7 @@ from scrimp import Calibration, KVCache
 from scrimp.methods.evaluate import Reader, quality
 from scrimp.methods.generation import decoder_model, forward
 from scrimp.methods.generation.loop import step
+from scrimp.methods.tree_decoding import SelfDraft
 from scrimp.methods.wina import METHODS, metered
 
 Calibrated = Callable[[str], tuple[Any, Calibration]]
@@ -67,6 +68,18 @@ def test_trees_give_the_same_tokens(calibrated: Calibrated) -> None:
     assert tokens(model, prompts, 24, draft=draft) == tokens(model, prompts, 24)
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "drawn"])
+def test_a_sparse_draft_loses_nothing(settings: dict[str, Any], calibrated: Calibrated) -> None:
+    """Guesses of the sparse model, judged by the dense one on the same weights: the dense one's own tokens."""
+    view = decoder_model(sparse(calibrated, sparsity=0.3))
+    whole = view.for_prompts
+    draft = scrimp.tree_decoding(SelfDraft(view))
+    assert tokens(whole, new=24, draft=draft, **settings) == tokens(whole, new=24, **settings)
+    judged, right = draft.report()["self"]
+    assert judged > 0
+    assert right > 0
+
+
 def test_prompts_are_read_densely(calibrated: Calibrated) -> None:
     """In rows and in panels: what a prompt leaves behind is the same at any sparsity."""
     memories = []
@@ -93,10 +106,8 @@ def test_decoded_tokens_are_read_again_in_a_longer_prompt(calibrated: Calibrated
         assert cache.prompts == [len(longer[0])]
 
 
-def test_dense_models_keep_what_they_decoded(calibrated: Calibrated) -> None:
-    model = calibrated("llama")[0]
-    assert decoder_model(model).for_prompts is not None
-    view = decoder_model(model)
+def test_dense_models_read_prompts_themselves(calibrated: Calibrated) -> None:
+    view = decoder_model(calibrated("llama")[0])
     assert view.for_prompts is view
 
 

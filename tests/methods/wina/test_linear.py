@@ -1,7 +1,6 @@
 """SparseLinear alone: what a token, a prompt and the decoding loop get from it."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -36,7 +35,8 @@ def test_a_token_skips_channels_and_a_prompt_none(centred: bool) -> None:
     dense = functional.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(layer(x), dense)
     center = 0 if chosen.center is None else chosen.center
-    kept = ((x - center) * chosen.scale).abs() > chosen.level
+    score = ((x - center) * chosen.scale).abs()
+    kept = score > chosen.level * score.mean(-1, keepdim=True)
     expected = functional.linear(x.where(kept, center + torch.zeros(K)), layer.weight, layer.bias)
     for t in range(5):
         torch.testing.assert_close(layer(x[:, t : t + 1]), expected[:, t : t + 1])
@@ -46,10 +46,11 @@ def test_a_token_skips_channels_and_a_prompt_none(centred: bool) -> None:
 
 def test_not_a_number_comes_out_and_zeros_are_defined() -> None:
     for centred in (False, True):
-        (layer, *_) = layers(selection(level=math.inf, centred=centred))
+        (layer, *_) = layers(chosen := selection(level=float(K), centred=centred))  # no score is K times the mean
         x = torch.zeros(1, 1, K)
-        none = layer(x)
-        torch.testing.assert_close(none.flatten(), layer.offset)
+        torch.testing.assert_close(layer(x).flatten(), layer.offset)
+        if chosen.center is None:
+            assert torch.equal(layer.offset, layer.bias)
         x[0, 0, 3] = torch.nan
         assert layer(x).isnan().all()
 

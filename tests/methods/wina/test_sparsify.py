@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,16 @@ def test_nothing_is_copied_or_renamed(calibrated: Calibrated) -> None:
     assert len(storages) == 1
     assert attention.q_proj.weight.untyped_storage().nbytes() == 4 * 48 * (48 + 16 + 16)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_saved_model_is_the_dense_one(calibrated: Calibrated, tmp_path: Path) -> None:
+    model, calibration = calibrated("llama")
+    dense = copy.deepcopy(model)
+    scrimp.sparsify(model, calibration, 0.9)
+    model.save_pretrained(tmp_path)
+    found = type(dense).from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in dense.state_dict().items())
+    calibration.check(found)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)

@@ -93,6 +93,7 @@ def _measure(model: nn.Module, names: tuple[str, ...], inputs: list[Tensor]) -> 
     for i, method in enumerate(METHODS):
         moved = rows - centers if method == "wina-centred" else rows
         scores = moved.abs() if method == "teal" else moved.abs() * norms
+        scores /= scores.mean(-1, keepdim=True).clamp(min=1e-30)
         levels[i] = quantiles(scores)
         for j, level in enumerate(levels[i]):
             dropped = moved[some].masked_fill(scores[some] > level, 0)

@@ -28,7 +28,7 @@ class Group:
         outputs: N, of all of them.
         norms: fp32 `[K]`, of the columns of their weights, stacked.
         centers: fp32 `[K]`, medians of the input's channels: a few tokens would move means far away.
-        levels: fp32 `[METHODS, SPARSITIES]`, above which scores are kept.
+        levels: fp32 `[METHODS, SPARSITIES]`, above which scores are kept, in units of a token's mean score.
         errors: fp32 `[METHODS, SPARSITIES]`, |Y - Y'| / |Y| of all outputs on calibration text.
     """
 

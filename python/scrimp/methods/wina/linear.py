@@ -15,7 +15,7 @@ from ..generation.linear import Linear, SideBySide
 from ..generation.model import MAX_ROWS
 from .usage import Meter
 
-RULE = RULES.index("threshold")
+RULE = RULES.index("relative")
 
 _channel_select = OPS["channel_select"].call
 _sparse_linear = OPS["sparse_linear"].call
@@ -26,7 +26,7 @@ class Selection:
     """How rows choose their channels (`scrimp.ops.channel_select`); layers of one input share one.
 
     Attributes:
-        level: fp32 `[1]`, above which scores are kept.
+        level: fp32 `[1]`, above which scores are kept, in units of their mean over the row's channels.
         scale: fp32 `[K]`, or None for 1.
         center: fp32 `[K]`, or None for 0.
     """
@@ -58,7 +58,7 @@ class SparseLinear(nn.Module):
         bias: `[N]`, or None.
         selection: which channels a token takes.
 
-    >>> layer = SparseLinear(torch.tensor([[1.0], [10.0]]), None, Selection(torch.tensor([0.5])))
+    >>> layer = SparseLinear(torch.tensor([[1.0], [10.0]]), None, Selection(torch.tensor([0.5])))  # of the mean, 1.2
     >>> layer(torch.tensor([[[0.4, 2.0]]])).item(), layer(torch.tensor([[[0.4, 2.0]] * 2])).flatten().tolist()
     (20.0, [20.399999618530273, 20.399999618530273])
     """
@@ -94,6 +94,12 @@ class SparseLinear(nn.Module):
         super()._apply(fn, recurse)
         self.selection = self.selection.to(self.weight.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Writers of files want a row's elements side by side, and tensors that share no memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
     @staticmethod
     def engine_linear(modules: Sequence[SparseLinear]) -> Linear:
