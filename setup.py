@@ -2,6 +2,7 @@
 
     csrc/*.cpp, csrc/common/*.cpp, csrc/cpu/*.cpp   compiled once                          -> _C
     csrc/cpu/*.kernel.cpp                           compiled once per instruction set      -> _C
+    csrc/cpu/*.vnni.kernel.cpp                      and once more for AVX-512 with VNNI    -> _C
     csrc/cuda/*.cu                                  compiled where torch has CUDA          -> _C
     csrc/host/*.cpp                                 compiled once, no torch                -> _host
 
@@ -51,7 +52,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 # Kernels that promise the bits of operations rounded one by one; what they fuse they write as fma().
-KERNEL_FLAGS = {"int4_linear.kernel": ["-ffp-contract=off"]}
+KERNEL_FLAGS = {"int4_linear.vnni.kernel": ["-ffp-contract=off"]}
 
 
 def find_cuda() -> tuple[str, str] | None:
@@ -131,8 +132,9 @@ def compilations() -> dict[str, list[tuple[Path, str, list[str]]]]:
     ]
     for isa, flags in ISA_FLAGS.items():
         for source in kernels:
-            own = [f"-DSCRIMP_ISA={isa}", *flags, *KERNEL_FLAGS.get(source.stem, [])]
-            ops.append((source, f"{source.stem}.{isa}", own))
+            if isa != "avx512vnni" or source.name.endswith(".vnni.kernel.cpp"):
+                own = [f"-DSCRIMP_ISA={isa}", *flags, *KERNEL_FLAGS.get(source.stem, [])]
+                ops.append((source, f"{source.stem}.{isa}", own))
     host = [(source, source.stem, []) for source in sorted((CSRC / "host").glob("*.cpp"))]
     return {"_C": ops, "_host": host}
 

@@ -29,6 +29,7 @@ NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may pref
 INT8_TIE = 0.5  # a rounding error may move an activation of 8 bits by a whole step
 QUALITY_TOKENS = 512
 GROUP_SIZE = 64
+WINDOW, WINDOWS = 512, 4  # tokens and number of the texts that make the exact head's basis
 QUESTIONS = {
     "tree-copy": "Repeat the text above word for word.",
     "tree-summary": text.QUESTION,
@@ -36,6 +37,11 @@ QUESTIONS = {
     "tree-chat": "What should I see in Rome in two days?",
     "tree-story": "Tell me a short story about a fox and a lighthouse.",
 }
+HEADS = {
+    "head": {},
+    "head-int4": {},
+    "head-top-50": {"temperature": 0.8, "top_k": 50, "seed": 1},
+}  # how tokens are chosen
 READING = ("tree-copy", "tree-summary")  # their questions are about a text
 
 
@@ -48,6 +54,7 @@ def cases() -> list[Case]:
         case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
         case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
         *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
+        *(head_case(kind, prompt=64, new=64) for kind in HEADS),
         *(case(name, FP32, prompt=300, new=96, batch=1, peers=("self-plain", "hf_lookup")) for name in QUESTIONS),
         case("tree-text", FP32, prompt=64, new=96, batch=1, peers=("self-plain", "hf_lookup")),
         case("tree-text-batch", FP32, prompt=64, new=96, batch=4, peers=("self-plain",)),
@@ -66,6 +73,12 @@ def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
     name, peers = (f"int4-stock-{mode}", ("hf",)) if stock else (f"int4-{mode}", ("hf", "self-fp32"))
     make = partial(stock_int4_problem if stock else int4_problem, mode, prompt, new)
     return Case("e2e", name, FP32, shape, peers, make)
+
+
+def head_case(kind: str, prompt: int, new: int) -> Case:
+    """Decoding with the exact head beside the dense one, both by our loop."""
+    shape = {"m": 1, "batch": 1, "n": prompt, "new_tokens": new}
+    return Case("e2e", kind, FP32, shape, ("self-dense-head",), partial(head_problem, kind, prompt, new))
 
 
 @cache
@@ -127,10 +140,34 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
     )
 
 
-def of_model(model: Any, ids: Tensor, new: int, near_tie: float | None = None, trees: bool = False) -> Problem:
-    """Greedy generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; with `trees` by tree decoding.
+def head_problem(kind: str, length: int, new: int) -> Problem:
+    """Ours has the exact head, with a basis made of calibration texts; the tokens must be the dense head's."""
+    dense, tokenizer = loaded(FP32)
+    model = quantized("int8") if kind == "head-int4" else dense
+    ids, choice = prompts(kind, tokenizer, length, 1), HEADS[kind]
+    with_dense = of_model(model, ids, new, **choice)
+    head: Any = scrimp.compress_head(model, "exact", tokens=text.windows(tokenizer, WINDOW, "calibration", WINDOWS))
+    problem = of_model(model, ids, new, **choice)
+    scrimp.compress_head(model, "dense")
+    expected = with_dense.ours()
 
-    Every call starts with fresh sources; the cost curve is measured once.
+    def same(got: Tensor) -> None:
+        if not torch.equal(got, expected):
+            raise AssertionError(f"only {int((got == expected).sum())} of {new} tokens are those of the dense head")
+
+    def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+        fell_back = head.counts["fell back"] + head.counts["tied"]
+        return {**problem.of_row(row), "fallback_rate": float(f"{fell_back / max(head.counts['screened'], 1):.3g}")}
+
+    return replace(problem, check=same, own={"self-dense-head": with_dense.ours}, of_row=of_row)
+
+
+def of_model(
+    model: Any, ids: Tensor, new: int, near_tie: float | None = None, trees: bool = False, **choice: Any
+) -> Problem:
+    """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; with `trees` by tree decoding.
+
+    Every call starts with fresh sources; the cost curve is measured once. `choice` are settings of the sampling.
     """
     view = decoder_model(model)
     batch, length = ids.shape
@@ -139,7 +176,7 @@ def of_model(model: Any, ids: Tensor, new: int, near_tie: float | None = None, t
     curves: dict[int, CostCurve] = {}  # by threads
 
     def generate(draft: Any) -> Tensor:
-        found: Any = scrimp.generate(view, ids, max_new_tokens=new, ignore_eos=True, draft=draft)
+        found: Any = scrimp.generate(view, ids, max_new_tokens=new, ignore_eos=True, draft=draft, **choice)
         return torch.tensor([completion.tokens for completion in found])
 
     def ours() -> Tensor:

@@ -357,5 +357,10 @@ def launches(
 
 
 def rows_near(tensor: Tensor, rows: int) -> Tensor:
-    """The tensor, copied only where its last axis is not contiguous or `rows` tokens span 2^31 elements."""
+    """The tensor, copied only where its last axis is not contiguous or `rows` tokens span 2^31 elements.
+
+    Heads of one adjacent number each are spread, too: Triton 3.6 multiplies by such a transposed tile wrongly on sm_90.
+    """
+    if tensor.shape[3] == 1:
+        return torch.nn.functional.pad(tensor, (0, 1))[..., :1]
     return unit_last_stride(tensor) if abs(tensor.stride(2)) * rows < 2**31 else tensor.contiguous()

@@ -12,6 +12,8 @@ from scrimp.benchmarks.peers.llama import write_gguf
 
 import scrimp
 from scrimp import cli
+from scrimp.methods.draft_training import Tuner
+from scrimp.methods.tree_decoding import HiddenTransfer, MedusaHeads
 
 SIZES = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 640}
@@ -92,6 +94,10 @@ def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("one step takes") for line in lines)
     assert any(line.split()[0] == "linear" and line.split()[-2] == "9" for line in lines)
+    assert cli.main([*asked, "--prompt", "Hello", "--raw", "--head", "exact", "--split"]) == 0
+    said = capsys.readouterr()
+    assert said.out == expected + "\n"
+    assert any(line.split()[0] == "exact_head" and line.split()[-2] == "1" for line in said.err.splitlines())
 
 
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -137,3 +143,74 @@ def test_eval(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["eval", str(folder), "--text", str(text), "--window", "5000"]) == 2
     assert "the text has 900 tokens, not one window of 5000" in capsys.readouterr().err
     assert cli.main(["eval", str(folder), "--json", "no/such/folder.json"]) == 2
+
+
+def test_train_draft(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "maps.safetensors"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    asked = ["train-draft", str(folder), "--text", str(text), "--length", "64", "--out", str(out), "--threads", "1"]
+    assert cli.main([*asked, "--sweep", "0", "1", "2", "--steps", "3", "--json", str(tmp_path / "figures.json")]) == 0
+    said = capsys.readouterr().out
+    assert "layer 1, upper layers" in said
+    assert "layer 2, head at once" in said
+    assert "layer 2, upper layers" not in said
+    assert f"written: {out} (hidden, layer 1 of 2, weights " in said
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [each["offset"] for each in figures["3 steps"]] == [2, 3, 4]
+    assert {each["guesses"] for accuracy in figures.values() for each in accuracy} == {30}
+    model, tokenizer = scrimp.load(folder)
+    for kind, source in (("hidden", HiddenTransfer), ("medusa", MedusaHeads)):
+        assert cli.main([*asked, "--kind", kind, "--steps", "1", "--ahead", "2", "--generated", "--texts", "2"]) == 0
+        draft = scrimp.tree_decoding(source(out))
+        plain = scrimp.generate(model, "The quick", tokenizer, max_new_tokens=9)
+        assert scrimp.generate(model, "The quick", tokenizer, max_new_tokens=9, draft=draft) == plain
+
+
+def test_train_draft_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    text, maps = tmp_path / "text.txt", [tmp_path / name for name in ("whole", "interrupted")]
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    asked = ["train-draft", str(folder), "--text", str(text), "--length", "64", "--steps", "4", "--threads", "1"]
+    assert cli.main([*asked, "--out", str(maps[0])]) == 0
+    step = Tuner._advance
+
+    def interrupt(tuner: Tuner, *rest: Any) -> None:
+        if tuner.step == 2:
+            raise KeyboardInterrupt
+        step(tuner, *rest)
+
+    monkeypatch.setattr(Tuner, "_advance", interrupt)
+    assert cli.main([*asked, "--out", str(maps[1])]) == 130
+    assert not maps[1].exists()
+    monkeypatch.undo()
+    assert cli.main([*asked, "--out", str(maps[1]), "--rate", "0.1"]) == 2
+    said = capsys.readouterr()
+    assert "a training with other settings, texts or weights; remove it to begin anew" in said.err
+    assert cli.main([*asked, "--out", str(maps[1])]) == 0
+    assert "interrupted.training: 2 steps" in capsys.readouterr().out
+    assert maps[0].read_bytes() == maps[1].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["interrupted", "text.txt", "whole"]
+
+
+def test_mistakes_of_train_draft(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", str(tmp_path / "out")
+    text.write_text("x" * 100)
+    for words, message in (
+        (("--out", "no/such/folder/maps"), "the folder of no/such/folder/maps does not exist"),
+        (("--out", out, "--ahead", "0"), "--ahead, --texts and --judged must be at least 1"),
+        (("--out", out, "--steps", "-1"), "steps must not be negative"),
+        (("--out", out, "--layer", "2"), "--layer 2 is not from 0 to 1"),
+        (("--out", out, "--layer", "1", "--kind", "medusa"), "--layer 1: Medusa heads read the last state"),
+        (("--out", out, "--sweep", "3"), "--sweep [3] must be layers from 0 to 2"),
+        (("--out", out, "--heldout", str(text)), "--heldout goes with --text"),
+        (("--out", out, "--text", str(text)), "the texts have 100 tokens, not one window of --length 512"),
+        (("--out", out, "--text", str(text), "--length", "60"), "which leaves none to judge by"),
+        (("--out", out, "--text", str(text), "--length", "3"), "the texts are too short to look 3 tokens ahead"),
+        (("--out", out, "--text", str(tmp_path / "none")), "No such file"),
+    ):
+        assert cli.main(["train-draft", str(folder), *words]) == 2
+        said = capsys.readouterr().err.strip()
+        assert said.splitlines()[-1].startswith("scrimp train-draft: ")
+        assert message in said
+        assert "Traceback" not in said

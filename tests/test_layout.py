@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scrimp import _ext
 from scrimp._registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,7 @@ def test_every_op_has_its_files() -> None:
     assert stems("python/scrimp/ops", "[a-z]*.py") == set(OPS)
     assert stems("tests/ops", "test_*.py") == {f"test_{op}" for op in OPS}
     assert stems("csrc/cpu", "*.kernel.cpp") <= set(OPS)
+    assert stems("csrc/cpu", "*.vnni.kernel.cpp") == set(_ext.VNNI_OPS)
     assert stems("csrc/cpu", "*.cpp") <= set(OPS)
     assert stems("csrc/cuda", "*.cu*") <= set(OPS)
     assert stems("kernels", "[a-z]*.py") - {"launch", "tuning", "gate"} <= set(OPS)

@@ -42,6 +42,10 @@ for op, args in {
     for dtype in (torch.float32, torch.bfloat16):
         same = [a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() and a is not table else a for a in args]
         assert_matches_oracle(OPS[op].call(*same), OPS[op].reference, *same)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    chosen = scrimp.ops.channel_select(torch.randn(5, 70).to(dtype), 0.7)
+    args = (chosen[0], torch.randn(70, 33).to(dtype), *chosen[1:3], None, None)
+    assert_matches_oracle(OPS["sparse_linear"].call(*args), OPS["sparse_linear"].reference, *args)
 found = scrimp.ops.vertical_slash_index(q, k, torch.tensor([8, 0]).int(), torch.tensor([5, 9]).int())
 found.validate()
 print("ran on", isa.rstrip(")"))

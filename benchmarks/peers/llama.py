@@ -3,10 +3,10 @@
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,14 +51,9 @@ def e2e(model: Any, ids: Tensor, new: int) -> Peer:
     prompt = ids[0].tolist()
 
     def call() -> Tensor:
-        runner.reset()
-        runner.eval(prompt)
-        found = []
-        for _ in range(new):
-            found.append(int(np.argmax(runner.scores[runner.n_tokens - 1])))
-            if len(found) < new:
-                runner.eval(found[-1:])
-        return torch.tensor([found])
+        runner.reset()  # otherwise it keeps what it knows of the same prompt
+        tokens = runner.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        return torch.tensor([list(islice(tokens, new))])
 
     return Peer(call, same=False, fields=agreement)
 

@@ -31,6 +31,11 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     return Peer(lambda: merge(out_a, lse_a, out_b, lse_b))
 
 
+def exact_head(x: Tensor, heads: Iterator[Tensor], k: int) -> Peer:
+    """The dense head and topk."""
+    return Peer(lambda: functional.linear(x, next(heads)).topk(k))
+
+
 def linear(x: Tensor, turns: Iterator[list[Tensor]], added: Tensor | None) -> Peer:
     """One F.linear for each weight, as a model calls them; their results stay apart."""
 
@@ -54,6 +59,34 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Peer:
     """F.linear with the dequantized weight."""
     turns = dense(weight, x.dtype)
     return Peer(lambda: functional.linear(x, next(turns)))
+
+
+def sparse_linear(x: Tensor, turns: Iterator[Tensor]) -> Peer:
+    """F.linear with all channels."""
+    return Peer(lambda: functional.linear(x, next(turns)), same=False)
+
+
+def channel_select(x: Tensor, level: Tensor, norms: Tensor, rule: str) -> Peer:
+    """What a user writes: a mask by each rule, masked rows, and the list of the channels that any row keeps."""
+
+    def keep(score: Tensor) -> Tensor:
+        if rule == "threshold":
+            return score > level
+        if rule == "relative":
+            return score > level * score.mean(-1, keepdim=True)
+        ranked, order = score.sort(dim=-1, descending=True)
+        if rule == "top_k":
+            first = torch.arange(score.shape[-1]) < level
+        else:
+            energy = ranked.square().cumsum(-1)
+            first = energy - ranked.square() < level * energy[:, -1:]
+        return torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, first.expand_as(score))
+
+    def call() -> tuple[Tensor, Tensor]:
+        kept = keep((x * norms).abs())
+        return x.where(kept, 0), kept.any(0).nonzero()
+
+    return Peer(call, same=False)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Peer:
@@ -134,3 +167,33 @@ def append(
 def rotary_append(*args: Tensor) -> Peer:
     """Some twenty operators."""
     return Peer(lambda: append(*args))
+
+
+def vq_logits(h: Tensor, heads: Iterator[tuple[Tensor, Tensor]], matrices: Iterator[Tensor]) -> Peer:
+    """The product with the codebook, and a copy of each token's score."""
+
+    def call() -> Tensor:
+        codebook, codes = next(heads)
+        return functional.linear(h, codebook).index_select(-1, codes)
+
+    return Peer(call)
+
+
+def chosen(logits: Tensor, heat: float, top_p: float) -> Tensor:
+    """A token for each row, drawn by torch's own generator where hot; top_p as in transformers."""
+    if heat == 0:
+        return logits.argmax(-1)
+    logits = logits / heat
+    if top_p < 1:
+        values, order = logits.sort(-1)
+        out = values.softmax(-1).cumsum(-1) <= 1 - top_p
+        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+def vq_sample(
+    h: Tensor, heads: Iterator[tuple[Tensor, Tensor]], matrices: Iterator[Tensor], heat: float, top_p: float
+) -> Peer:
+    """The scattered logits, and a choice from them."""
+    logits = vq_logits(h, heads, matrices).call
+    return Peer(lambda: chosen(logits(), heat, top_p), same=False)

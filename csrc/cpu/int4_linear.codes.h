@@ -3,6 +3,7 @@
 
 #include "common/simd.h"
 #include "common/unroll.h"
+#include "common/with_type.h"
 #include "cpu/int4_linear.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -15,14 +16,6 @@ constexpr int kPieceBytes = 4 * kLanes;
 typedef int16_t ShortVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t UShortVec __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t ByteVec __attribute__((vector_size(4 * kLanes)));
-
-// Calls body(p as a pointer to its type).
-template <class Body>
-SCRIMP_INLINE auto with_type(FloatType type, const void* p, Body body) {
-  if (type == FloatType::fp32) return body(static_cast<const float*>(p));
-  if (type == FloatType::bf16) return body(static_cast<const BFloat16*>(p));
-  return body(static_cast<const Float16*>(p));
-}
 
 SCRIMP_INLINE BitsVec load_bits(const void* p) {
   BitsVec bits;

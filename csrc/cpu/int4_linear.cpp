@@ -12,25 +12,13 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/float_dtype.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 
 namespace scrimp {
 
 using torch::headeronly::ScalarType;
-
-static std::optional<FloatType> float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::fp32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    case ScalarType::Half:
-      return FloatType::fp16;
-    default:
-      return std::nullopt;
-  }
-}
 
 static void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -152,7 +140,7 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
                                   : p.kind == Int4Zeros::none ? 8
                                                               : 0,
                         .int8 = p.int8};
-  const auto pack = SCRIMP_KERNEL(int4_pack);
+  const auto pack = SCRIMP_VNNI_KERNEL(int4_pack);
   for_each_item(rows, rows == 1 ? 1 : workers, [&](int64_t row, int64_t worker) {
     pack({.to = &packed,
           .row = row,
@@ -168,7 +156,7 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const auto* all_scales = static_cast<const char*>(p.scales.data_ptr());
   const auto* all_zeros = static_cast<const char*>(data(p.zeros));
   const auto* bias = static_cast<const char*>(data(p.bias));
-  const auto kernel = SCRIMP_KERNEL(int4_panel);
+  const auto kernel = SCRIMP_VNNI_KERNEL(int4_panel);
   for_each_item(panels, std::min(workers, panels), [&](int64_t panel, int64_t worker) {
     const int64_t n = panel * outputs, next = std::min(n + workers * outputs, p.N - 1);
     kernel({.x = &packed,

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/float_type.h"
 
 namespace scrimp {
 
@@ -14,7 +15,6 @@ constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
 constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
 constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch
 
-enum class FloatType : int { fp32, bf16, fp16 };
 enum class Int4Zeros : int { none, shift, offset };  // c[q] s, (q - z) s, q s + z
 
 // Rows of x made ready for `int4_panel`. A block is 16, 32, 64 or 128 columns, 128 where a row of the weight is one
@@ -70,4 +70,4 @@ inline int64_t int4_scratch(int64_t rows, int64_t blocks) {
 }  // namespace scrimp
 
 // int4_pack packs one row of x, int4_panel multiplies all rows with a panel of the weight.
-SCRIMP_DECLARE_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))
+SCRIMP_DECLARE_VNNI_KERNEL(void int4_pack(const Int4Row& row); void int4_panel(const Int4Panel& panel))

@@ -111,6 +111,7 @@ struct Problem {
             .packed = nullptr,
             .weight = static_cast<const char*>(layer.weight->data_ptr()) + n * stride * size,
             .weight_stride = stride,
+            .index = nullptr,
             .bias = layer.bias ? layer.bias + n * size : nullptr,
             .residual = residual ? residual_rows : nullptr,
             .residual_offset = at,

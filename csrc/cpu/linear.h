@@ -25,6 +25,7 @@ struct LinearBlock {
   const float* packed;
   const void* weight;
   int64_t weight_stride;        // elements from output to output
+  const int32_t* index;         // [outputs]: which rows of the weight, or null for the first ones
   const void* bias;             // [outputs], or null
   const void* const* residual;  // [rows], or null
   int64_t residual_offset;      // of the block's first output

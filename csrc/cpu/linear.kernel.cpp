@@ -216,17 +216,23 @@ struct Block {
     });
   }
 
-  // The sums of outputs [n, n + kTile), for all rows. Behind the last output they are those of the last one.
+  // The weight of output n; of the last one for what lies behind.
+  const char* weight(int64_t n) const {
+    const int64_t output = n < b.outputs ? n : b.outputs - 1;
+    return static_cast<const char*>(b.weight) + (b.index ? b.index[output] : output) * stride;
+  }
+
+  // The sums of outputs [n, n + kTile), for all rows.
   void outputs(int64_t n) {
-    const char* first = static_cast<const char*>(b.weight) + n * stride;
+    const char *first = weight(n), *after = b.index ? weight(n + kTile) : first + kTile * stride;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t step = whole * chunk / chunks, end = whole * (chunk + 1) / chunks;
-      const char* next = chunk + 1 < chunks ? first + end * kStepBytes : first + kTile * stride;
+      const char* next = chunk + 1 < chunks ? first + end * kStepBytes : after;
       const int64_t share = (end - step + groups.count - 1) / groups.count * kStepBytes;
       for (int64_t group = 0; group < groups.count; ++group) {
-        Strip strip{{}, end - step, next + group * share, stride, groups.count};
+        Strip strip{{}, end - step, next + group * share, b.index ? 0 : stride, groups.count};
         for (int r = 0; r < kTile; ++r) {
-          strip.weight[r] = first + (n + r < b.outputs ? r : b.outputs - 1 - n) * stride + step * kStepBytes;
+          strip.weight[r] = weight(n + r) + step * kStepBytes;
         }
         with_constant<Step<T>::kGroup>(groups.size(group), [&](auto size) { tile<size.value>(n, group, step, strip); });
       }

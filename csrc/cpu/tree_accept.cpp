@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/gumbel.h"
 #include "common/parallel.h"
 
 namespace scrimp {
@@ -68,7 +69,7 @@ static std::tuple<Tensor, Tensor> tree_accept(const Tensor& logits_any, const Te
       const int64_t found = choose({.logits = data + size * (b * logits.stride(0) + node * logits.stride(1)),
                                     .count = V,
                                     .temperature = temperature[b],
-                                    .key = mix(mix(static_cast<uint64_t>(seed[b])) + at * kGamma),
+                                    .key = noise_key(seed[b], at),
                                     .bf16 = dtype == ScalarType::BFloat16});
       path[b * T + depth] = static_cast<int32_t>(node);
       chosen[b * T + depth] = found;

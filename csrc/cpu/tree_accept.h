@@ -16,14 +16,6 @@ struct TokenChoice {
   bool bf16;
 };
 
-// The finaliser of splitmix64 and its step, as in ops/_noise.py.
-constexpr uint64_t kGamma = 0x9E3779B97F4A7C15;
-constexpr uint64_t mix(uint64_t value) {
-  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
-  value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
-  return value ^ (value >> 31);
-}
-
 }  // namespace scrimp
 
 // The token, or -1 where a logit is NaN or all are -inf.

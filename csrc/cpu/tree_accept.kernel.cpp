@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "common/gumbel.h"
 #include "common/simd.h"
 
 namespace scrimp::SCRIMP_ISA {
@@ -18,9 +19,6 @@ SCRIMP_INLINE Vec scores(const T* x, int64_t i, int64_t count, bool divide, Vec 
   const Vec score = divide ? logits / temperature : logits;
   return whole ? score : lane_index() < broadcast(static_cast<float>(count - i)) ? score : broadcast(-INFINITY);
 }
-
-// The noise of 52 hashed bits: g = -log(-log u) with u = (bits + 1/2) / 2^52.
-double noise(uint64_t bits) { return -log(-log((static_cast<double>(bits) + 0.5) * 0x1p-52)); }
 
 // A number that the noise does not exceed: g <= -log(1 - u), as -log u >= 1 - u; so bits of 1 - u tell it.
 double noise_bound(uint64_t bits) {
@@ -56,15 +54,14 @@ int64_t choose(const TokenChoice& choice) {
   int64_t token = first_of(x, choice.count, divide, temperature, best);
   if (!divide || best == INFINITY) return token;
 
-  const auto bits = [&](int64_t id) { return mix(choice.key + static_cast<uint64_t>(id + 1) * kGamma) >> 12; };
-  double drawn = best + noise(bits(token));
+  double drawn = best + gumbel(noise_bits(choice.key, token));
   for (int64_t i = 0; i < choice.count; i += kLanes) {
     const Vec score = scores(x, i, choice.count, divide, temperature);
     for (int64_t lane = 0; lane < kLanes && i + lane < choice.count; ++lane) {
       const double own = score[lane];
-      const uint64_t hashed = bits(i + lane);
+      const uint64_t hashed = noise_bits(choice.key, i + lane);
       if (own + noise_bound(hashed) < drawn) continue;
-      const double value = own + noise(hashed);
+      const double value = own + gumbel(hashed);
       if (value > drawn || (value == drawn && i + lane < token)) {
         drawn = value;
         token = i + lane;

@@ -4,12 +4,15 @@ from importlib import metadata
 
 from . import ops
 from ._registry import implementations, which
+from .head_screen import HeadScreen
 from .int4_weight import Int4Weight
 from .loading import load
 from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
+from .methods.heads import compress_head
 from .methods.int4 import quantize
 from .methods.tree_decoding import tree_decoding
+from .methods.wina import Calibration, calibrate, sparsify
 from .sparse_plan import SparsePlan
 
 try:
@@ -18,16 +21,21 @@ except metadata.PackageNotFoundError:  # a source tree on sys.path, not installe
     __version__ = "0+unknown"
 
 __all__ = [
+    "Calibration",
     "HeadPatterns",
+    "HeadScreen",
     "Int4Weight",
     "KVCache",
     "SparsePlan",
     "__version__",
+    "calibrate",
+    "compress_head",
     "generate",
     "implementations",
     "load",
     "ops",
     "quantize",
+    "sparsify",
     "tree_decoding",
     "which",
 ]

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+VNNI_OPS = ("exact_head", "int4_linear")  # with a copy of their kernels for the last one (csrc/cpu/*.vnni.kernel.cpp)
 
 _library = torch.library.Library("scrimp", "FRAGMENT")
 _library.define("_set_isa(int isa) -> int")
@@ -34,20 +35,21 @@ _ops_module, ops_missing = _load("_C")
 host, host_missing = _load("_host")
 
 
-def available_isas() -> tuple[str, ...]:
-    """Instruction sets whose kernels run here, narrowest first; empty without the compiled ops."""
+def available_isas(op: str | None = None) -> tuple[str, ...]:
+    """Instruction sets whose kernels (of one op) run here, narrowest first; empty without the compiled ops."""
     if _ops_module is None or host is None:
         return ()
-    return ISAS[: ISAS.index(host.detect_isa()) + 1]
+    built = ISAS if op is None or op in VNNI_OPS else ISAS[:-1]
+    return tuple(isa for isa in built if ISAS.index(isa) <= ISAS.index(host.detect_isa()))
 
 
-def current_isa() -> str | None:
-    """Instruction set in use, or None without the compiled ops."""
+def current_isa(op: str | None = None) -> str | None:
+    """Instruction set in use (by one op), or None without the compiled ops."""
     if _ops_module is None:
         return None
     previous = torch.ops.scrimp._set_isa(0)
     torch.ops.scrimp._set_isa(previous)
-    return ISAS[previous]
+    return ISAS[previous] if ISAS[previous] in available_isas(op) else available_isas(op)[-1]
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def which(name: str) -> dict[str, str]:
     """
     op = _find(name)
     if _has_kernel(name, "CPU"):
-        cpu = f"C++ ({_ext.current_isa()})"
+        cpu = f"C++ ({_ext.current_isa(name)})"
     else:
         cpu = "reference (plain torch): " + (_ext.ops_missing or "no C++ kernel exists")
     cuda = _CUDA_WORDS[next(iter(op.cuda))] if op.cuda else "reference (plain torch): no kernel exists"
@@ -174,7 +174,7 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
 
     found: dict[str, Callable[..., Any]] = {}
     if _has_kernel(name, "CPU"):
-        found |= {f"cpu-{isa}": on_isa(isa) for isa in _ext.available_isas()}
+        found |= {f"cpu-{isa}": on_isa(isa) for isa in _ext.available_isas(name)}
     if torch.cuda.is_available():
         found |= {kind: on_gpu(kernel) for kind, kernel in op.cuda.items()}
     return found

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .commands import evaluate, generate, quantize
+from .commands import evaluate, generate, quantize, train_draft
 from .demo import options as demo_options
 
 
@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--texts", type=int, default=3, metavar="N", help="texts to use (default 3)")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     quantize.add_arguments(command("quantize", quantize.main, "make a model's linear layers 4-bit, into a folder"))
+    train = command("train-draft", train_draft.main, "train a draft for tree decoding: Hidden Transfer or Medusa heads")
+    train_draft.add_arguments(train)
     bench = command("bench", _bench, "measure an op against its peers, paired")
     bench.add_argument("op", nargs="?", metavar="OP", help="the op to measure")
     bench.add_argument("--all", action="store_true", help="measure every op")

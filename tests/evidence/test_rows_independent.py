@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from emulate import execute
-from scrimp.kernels import rms_norm
+from emulate import compile_launches, execute
+from scrimp.kernels import linear, rms_norm
 from torch import Tensor
 
 
@@ -23,3 +23,34 @@ def test_rms_norm(columns: int) -> None:
     assert torch.equal(normed(shifted, weight), alone)
     heads = torch.stack([x, x, x], 1).view(2, 9, columns)[:, ::3]
     assert torch.equal(normed(heads, weight), alone.view(2, 3, columns))
+
+
+ROWS = (1, 5, 16, 17, 33, 64)  # on both sides of every change of tile
+
+
+@pytest.mark.parametrize("outputs", [(40, 24), (2930, 30)], ids=["chunks apart", "chunks together"])
+def test_linear(outputs: tuple[int, ...]) -> None:
+    """Also beside wild rows, and with each weight in a launch of its own: then of another configuration."""
+    K, N = 1104, sum(outputs)
+    x, weights = torch.randn(64, K).half(), [torch.randn(n, K).half() for n in outputs]
+    biases, residual = [None, torch.randn(outputs[1]).half()], torch.randn(64, N).half()
+
+    def run(x: Tensor, rows: int) -> Tensor:
+        out, launches = linear.launches(x[:rows], weights, biases, residual[:rows])
+        execute(launches)
+        return out
+
+    compile_launches([one for rows in ROWS for one in linear.launches(x[:rows], weights, biases, residual[:rows])[1]])
+    whole = run(x, 64)
+    for rows in ROWS[:-1]:
+        assert torch.equal(run(x, rows), whole[:rows]), rows
+    wild = x[:9].clone()
+    wild[::2] = torch.nan
+    assert torch.equal(run(wild, 9)[1::2], whole[1:9:2])
+    first = 0
+    for weight, bias in zip(weights, biases, strict=True):
+        columns = slice(first, first + len(weight))
+        alone, launches = linear.launches(x[:5], [weight], [bias], residual[:5, columns])
+        execute(launches)
+        assert torch.equal(alone, whole[:5, columns])
+        first += len(weight)

@@ -14,6 +14,7 @@ does. Layers with a sliding window see exactly their window, whatever their head
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -282,9 +288,10 @@ def custom_generate(
     known = _layers(model) if model.config._attn_implementation == NAME else []
     patterns = known[0].patterns if known else None
     states = [forward.prefill(cache, b, p, panels=True, patterns=patterns) for b, p in enumerate(prompts)]
+    largest = _largest(generation_config, logits_processor)
     with torch.inference_mode():
-        logits = forward.logits(view, torch.cat(states))[:, 0]  # type: ignore[arg-type]
-    ahead = None if draft is None else draft.lockstep(view, cache, prompts)
+        logits = forward.logits(view, torch.cat(states), largest)[:, 0]  # type: ignore[arg-type]
+    ahead = None if draft is None else draft.lockstep(view, cache, prompts, largest)
     seeds = (
         torch.randint(2**62, (batch,)).tolist() if seed is None else [seed] * batch if isinstance(seed, int) else seed
     )
@@ -311,7 +318,7 @@ def custom_generate(
             break
         fed = [None if d else t for t, d in zip(tokens, done, strict=True)]
         with torch.inference_mode():
-            logits = forward.logits(view, step(cache, fed))[:, 0] if ahead is None else ahead.logits(fed)
+            logits = ahead.logits(fed) if ahead else forward.logits(view, step(cache, fed), largest)[:, 0]
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -321,6 +328,25 @@ def custom_generate(
         scores=tuple(scores) if generation_config.output_scores else None,
         logits=tuple(raw) if generation_config.output_logits else None,
     )
+
+
+def _largest(config: GenerationConfig, processors: LogitsProcessorList) -> int:
+    """How many of the largest logits the tokens depend on (`scrimp.methods.generation.forward.logits`); 0 for all.
+
+    After a top-k warper all other logits are -inf; before it only a temperature may have been at work.
+    """
+    if config.output_logits or config.output_scores:
+        return 0
+    if not config.do_sample:
+        return 0 if processors else 1
+    temperature = 1.0
+    for processor in processors:
+        if type(processor) is TopKLogitsWarper and processor.filter_value == -math.inf:
+            return Sampling(temperature, int(processor.top_k)).largest
+        if type(processor) is not TemperatureLogitsWarper or temperature != 1:
+            return 0
+        temperature = float(processor.temperature)
+    return 0
 
 
 def _refuse(config: GenerationConfig, kwargs: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Reader:
     """A model that reads windows: by the decoding engine, or by its own code where the engine does not know it.
 
+    A model whose linears skip work in decoding is read, after each window's first token, as decoding reads.
+
     Args:
         model: a Hugging Face model for causal language modelling.
         patterns: sparse attention in panels (the engine's).
@@ -49,6 +51,10 @@ class Reader:
         except UnsupportedModelError:
             if patterns is not None:
                 raise
+            return
+        self.decoded = self.view.for_prompts is not self.view
+        if self.decoded and patterns is not None:
+            raise ValueError("patterns are for prompts; a model whose linears skip work is read as decoding reads")
 
     @torch.inference_mode()
     def states(self, tokens: Tensor) -> Tensor:
@@ -57,11 +63,17 @@ class Reader:
             states: Tensor = self.model.base_model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
             return states
         n = tokens.shape[0]
-        grid = n // forward.PANEL * forward.PANEL
         cache = KVCache(self.view, 1, n)
+        if self.decoded:
+            grid, spans = 0, [(0, 1), *forward.spans(1, 0, n)]
+        else:
+            grid = n // forward.PANEL * forward.PANEL
+            spans = list(forward.spans(0, grid, n))
         parts = [
-            forward.advance(cache, 0, tokens[None, first:end], first, end <= grid, self.patterns)[0]
-            for first, end in forward.spans(0, grid, n)
+            forward.advance(
+                cache, 0, tokens[None, first:end], first, end <= grid, self.patterns, self.decoded and first > 0
+            )[0]
+            for first, end in spans
         ]
         return torch.cat(parts)
 

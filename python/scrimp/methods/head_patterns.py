@@ -7,7 +7,6 @@ choose online). A head with a window as long as the prompt is dense, one without
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..ops import vertical_slash_index
 from ..sparse_plan import SparsePlan
+from . import tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,20 +121,16 @@ def save(path: str | Path, budgets: Mapping[str, HeadPatterns], model: str) -> N
         budgets: name -> patterns; all for the same weights.
         model: the model's name, for people.
     """
-    from safetensors.torch import save_file
-
     hashes = {patterns.weight_hash for patterns in budgets.values()}
     if len(hashes) != 1:
         raise ValueError(f"HeadPatterns: budgets of one file must be of one model, got weight hashes {sorted(hashes)}")
     header = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
         "model": model,
         "weight_hash": hashes.pop(),
         "budgets": {n: {"sinks": p.sinks, "segment": p.segment, "samples": p.samples} for n, p in budgets.items()},
     }
     tensors = {f"{n}.{field}": getattr(p, field) for n, p in budgets.items() for field in ("window", "columns")}
-    save_file(tensors, path, metadata={FORMAT: json.dumps(header)})
+    tensor_file.write(path, FORMAT, FORMAT_VERSION, header, tensors)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> dict[str, HeadPatterns]:
@@ -143,7 +139,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict[str, HeadPatt
     Raises:
         ValueError: not such a file, damaged, of a newer version, or for other weights (both hashes are named).
     """
-    header, tensors = _read(Path(path))
+    header, tensors = _read(path)
     if model is not None and header["weight_hash"] != weight_hash(model):
         raise ValueError(
             f"{path}: the patterns are for weights {header['weight_hash']} ({header.get('model', '?')}), "
@@ -165,26 +161,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict[str, HeadPatt
         raise ValueError(f"{path}: the header and the tensors of the head patterns do not fit: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for head patterns")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a file of head patterns, or damaged: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a file of head patterns")
-    if header.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: version {header.get('version')} of head patterns; this scrimp reads {FORMAT_VERSION}"
-        )
-    if not isinstance(header.get("weight_hash"), str):
-        raise ValueError(f"{path}: the header of the head patterns has no weight hash")
-    return header, tensors
+def _read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    return tensor_file.read(path, FORMAT, FORMAT_VERSION, MAX_FILE_BYTES)
 
 
 @lru_cache

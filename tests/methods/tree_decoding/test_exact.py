@@ -7,27 +7,30 @@ from typing import Any
 
 import pytest
 import torch
+from scrimp.benchmarks.tree_exact import Free
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import scrimp
-from scrimp.methods.generation import KVCache, stream
+from scrimp.methods.generation import KVCache, decoder_model, stream
 from scrimp.methods.tree_decoding import (
     Accepted,
     Candidates,
-    CostCurve,
+    DraftMaps,
     EarlyExit,
+    HiddenTransfer,
     LookupDraft,
+    MedusaHeads,
     ModelDraft,
     NgramDraft,
     RecyclingDraft,
     SelfDraft,
     TreeDecoding,
 )
+from scrimp.methods.tree_decoding.maps import model_hash
 from scrimp.testing import same_bits
 
 Tiny = Callable[[str], PreTrainedModel]
-FREE = CostCurve({1: 1.0})  # more rows cost nothing: every guess is read
 DRAWN = {"temperature": 0.9, "seed": 11}
 SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
 
@@ -89,6 +92,17 @@ def recorded(model: PreTrainedModel, ids: Any, draft: Any, **how: Any) -> tuple[
     return scrimp.generate(model, ids, draft=draft, processors=[record], **how), seen
 
 
+def maps(model: PreTrainedModel, kind: Any, layer: int, size: float = 1.0) -> DraftMaps:
+    """Random maps for three tokens ahead."""
+    random, d = torch.Generator().manual_seed(3), model.config.hidden_size
+    weight, bias = (size * torch.randn(3, *more, d, generator=random) for more in ([d], []))
+    return DraftMaps(kind, layer, weight, bias, model_hash(decoder_model(model)))
+
+
+def trained(model: PreTrainedModel) -> list[Any]:
+    return [MedusaHeads(maps(model, "medusa", 3)), HiddenTransfer(maps(model, "hidden", 2))]
+
+
 SOURCES: dict[str, Callable[[PreTrainedModel], list[Any]]] = {
     "lookup": lambda model: [LookupDraft()],
     "ngram": lambda model: [NgramDraft()],
@@ -97,7 +111,17 @@ SOURCES: dict[str, Callable[[PreTrainedModel], list[Any]]] = {
     "skipped layer": lambda model: [EarlyExit([0, 2], depth=5)],
     "model": lambda model: [ModelDraft(model)],
     "self": lambda model: [SelfDraft(model, depth=6)],
-    "mix": lambda model: [LookupDraft(), NgramDraft(), RecyclingDraft(), EarlyExit(2), ModelDraft(model)],
+    "medusa": lambda model: [MedusaHeads(maps(model, "medusa", 3)), RecyclingDraft()],
+    "hidden": lambda model: [HiddenTransfer(maps(model, "hidden", 1)), RecyclingDraft()],
+    "hidden low": lambda model: [HiddenTransfer(maps(model, "hidden", 0, size=1e20))],
+    "mix": lambda model: [
+        LookupDraft(),
+        NgramDraft(),
+        RecyclingDraft(),
+        EarlyExit(2),
+        ModelDraft(model),
+        *trained(model),
+    ],
 }
 HOW: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -114,7 +138,7 @@ def test_tokens_and_logits(name: str, how: str, batch: int, model: PreTrainedMod
     """The second round knows the texts, so that its trees are accepted far down."""
     ids, asked = prompts(batch), {"max_new_tokens": 24, **HOW[how]}
     expected, logits = recorded(model, ids, None, **asked)
-    draft = scrimp.tree_decoding(*SOURCES[name](model), cost=FREE)
+    draft = scrimp.tree_decoding(*SOURCES[name](model), cost=Free())
     for _ in range(2):
         assert scrimp.generate(model, ids, draft=draft, **asked) == expected
         got, seen = recorded(model, ids, draft, **asked)
@@ -136,7 +160,7 @@ def test_trees_of_any_shape(dtype: torch.dtype, how: dict[str, Any], batch: int,
     truth = {
         tuple(text[:n]): text[n] for text, start in zip(whole, ids, strict=True) for n in range(len(start), len(text))
     }
-    draft = scrimp.tree_decoding(RandomDraft(truth), cost=FREE)
+    draft = scrimp.tree_decoding(RandomDraft(truth), cost=Free())
     got, seen = recorded(model, ids, draft, max_new_tokens=40, cache=caches[1], **how)
     assert got == expected
     assert all(same_bits(seen[text], row) for text, row in logits.items())
@@ -154,7 +178,7 @@ def test_trees_of_any_shape(dtype: torch.dtype, how: dict[str, Any], batch: int,
 def test_families(family: str, tiny: Tiny) -> None:
     """Windowed layers read chains."""
     model, ids = tiny(family), [[5, 6, 7] * 20, [9] * 70]
-    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=FREE)
+    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=Free())
     for how in ({}, DRAWN):
         expected, logits = recorded(model, ids, None, max_new_tokens=30, **how)
         got, seen = recorded(model, ids, draft, max_new_tokens=30, **how)
@@ -164,7 +188,8 @@ def test_families(family: str, tiny: Tiny) -> None:
 
 @pytest.fixture
 def mixed(model: PreTrainedModel) -> TreeDecoding:
-    return scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), cost=FREE)
+    riding = HiddenTransfer(maps(model, "hidden", 2))
+    return scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), SelfDraft(model), riding, cost=Free())
 
 
 def test_ends_inside_an_accepted_path(model: PreTrainedModel, mixed: TreeDecoding, tokenizer: Any) -> None:
@@ -217,10 +242,10 @@ def test_full_cache_and_context(model: PreTrainedModel, mixed: TreeDecoding) -> 
 
 
 @pytest.mark.parametrize("guesses", [0, 1, 63])
-@pytest.mark.parametrize("batch", [1, 3, 33, 64])
+@pytest.mark.parametrize("batch", [1, 3, 12, 33, 64])
 def test_no_guesses_and_many_sequences(guesses: int, batch: int, model: PreTrainedModel) -> None:
-    """33 and more sequences leave no rows for trees."""
-    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), guesses=guesses, cost=FREE)
+    """33 and more sequences leave no rows for trees, 9 and more none for pseudo rows."""
+    draft = scrimp.tree_decoding(LookupDraft(), RecyclingDraft(), *trained(model), guesses=guesses, cost=Free())
     ids, seeds = [[3, 1, 3]] * batch, list(range(batch))
     plain, trees = (
         scrimp.generate(model, ids, max_new_tokens=10, temperature=1.0, seed=seeds, draft=d) for d in (None, draft)
@@ -233,7 +258,7 @@ def test_nan_logits_are_an_error(model: PreTrainedModel) -> None:
     token = scrimp.generate(model, [1, 2], max_new_tokens=6).tokens[3]
     with torch.no_grad():
         broken.model.embed_tokens.weight[token] = torch.nan
-    for draft in (None, scrimp.tree_decoding(SelfDraft(model), cost=FREE)):
+    for draft in (None, scrimp.tree_decoding(SelfDraft(model), cost=Free())):
         with pytest.raises(ValueError, match="is NaN: the model's weights or inputs are broken"):
             scrimp.generate(broken, [1, 2], max_new_tokens=9, draft=draft)
 
@@ -248,7 +273,7 @@ def test_the_distribution_is_the_models() -> None:
         chances = model(torch.cat([torch.tensor([[5, 2]]).expand(64, 2), pairs], 1)).logits.softmax(-1)
     rows = torch.arange(64)
     expected = (chances[rows, 1, pairs[:, 0]] * chances[rows, 2, pairs[:, 1]]) @ chances[:, 3]
-    draft = scrimp.tree_decoding(RecyclingDraft(width=3), NgramDraft(), guesses=7, cost=FREE)
+    draft = scrimp.tree_decoding(RecyclingDraft(width=3), NgramDraft(), guesses=7, cost=Free())
     found: Counter[int] = Counter()
     for first in range(0, 1024, 8):
         batch = scrimp.generate(

@@ -26,6 +26,7 @@ class KVCache:
         values: like `keys`.
         scratch: last slots, for rows of finished sequences and guesses beyond the capacity; 64 in all.
         tokens: for each sequence the tokens held.
+        prompts: for each sequence how many of its first tokens were read as those of a prompt; the rest was decoded.
         panels: for each sequence how many of its first tokens were read in panels, and how (see `prefill`).
     """
 
@@ -45,6 +46,7 @@ class KVCache:
         self.keys = [self.memory[layer, 0] for layer in range(shape[0])]
         self.values = [self.memory[layer, 1] for layer in range(shape[0])]
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.prompts = [0] * batch
         self.panels: list[tuple[int, object]] = [(0, None) for _ in range(batch)]
         self._busy = threading.Lock()
 
@@ -61,6 +63,7 @@ class KVCache:
     def keep(self, b: int, count: int) -> None:
         """Forgets all but the first `count` tokens of sequence `b`."""
         del self.tokens[b][count:]
+        self.prompts[b] = min(self.prompts[b], count)
         self.panels[b] = (min(self.panels[b][0], count), self.panels[b][1])
 
     def common(self, b: int, tokens: Sequence[int]) -> int:
@@ -84,6 +87,7 @@ class KVCache:
         if shared > self.common(b, tokens):
             self.memory[:, :, b, :, :shared] = self.memory[:, :, lender, :, :shared]
             self.tokens[b] = self.tokens[lender][:shared]
+            self.prompts[b] = min(self.prompts[lender], shared)
             self.panels[b] = (min(self.panels[lender][0], shared), self.panels[lender][1])
 
     @contextmanager

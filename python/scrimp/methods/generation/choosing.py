@@ -46,6 +46,16 @@ class Chooser:
             text.reason is not None or (len(text.new) >= self._minimum and not text.sampling.filters) for text in texts
         )
 
+    def largest(self, texts: Sequence[Choice]) -> int:
+        """How many of the largest logits the unfinished sequences' next tokens depend on; 0 for all."""
+        wanted = [
+            text.sampling.largest + (len(self.ends) if len(text.new) < self._minimum else 0)
+            for text in texts
+            if text.reason is None and text.sampling.largest
+        ]
+        everything = self._processors or len(wanted) < sum(text.reason is None for text in texts)
+        return 0 if everything else max(wanted, default=1)
+
     def together(
         self, logits: Tensor, tokens: Tensor, parents: Tensor, texts: Sequence[Choice]
     ) -> tuple[list[list[int]], list[list[int]]]:

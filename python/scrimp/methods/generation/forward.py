@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..._registry import OPS
 from ...sparse_plan import SparsePlan
 from ..head_patterns import HeadPatterns
 from .cache import KVCache
+from .linear import Head
 from .model import MAX_ROWS, DecoderLayer, DecoderModel
 
 PANEL = 512  # tokens of a panel: a segment of the estimated plans, enough rows for a full-speed matrix product
@@ -31,14 +32,16 @@ def _layers(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     attend: Attend,
+    layers: Iterable[int],
 ) -> Tensor:
-    """All layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
+    """Some layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
     B, T, _ = x.shape
     cos, sin = model.positions.tables(keys[0].shape[2])
     D, activation = model.head_dim, model.activation
     parts = [model.heads, model.kv_heads, model.kv_heads]
     split = (B, T, sum(parts), D)
-    for i, layer in enumerate(model.layers):
+    for i in layers:
+        layer = model.layers[i]
         q, k, v = layer.qkv(_rms_norm(x, *layer.attention_norm)).view(split).split_with_sizes(parts, 2)
         if layer.q_norm is not None:
             q = _rms_norm(q, *layer.q_norm)
@@ -80,17 +83,34 @@ def rows(
     Returns:
         `[B, T, d]`, the state before the last norm (`logits` takes it).
     """
+    x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
+    return through(model, keys, values, x, start, layers, prefix=prefix, positions=positions, ancestors=ancestors)
+
+
+def through(
+    model: DecoderModel,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    x: Tensor,
+    start: Tensor,
+    layers: Iterable[int],
+    *,
+    prefix: Tensor | None = None,
+    positions: Tensor | None = None,
+    ancestors: Tensor | None = None,
+) -> Tensor:
+    """New rows `[B, T, d]` through some of the layers only; the rest as in `rows`."""
     if positions is None:
         positions = start[:, None]
-        if tokens.shape[1] > 1:
-            positions = positions + torch.arange(tokens.shape[1], dtype=torch.int32, device=start.device)
+        if x.shape[1] > 1:
+            positions = positions + torch.arange(x.shape[1], dtype=torch.int32, device=start.device)
     seen = start if prefix is None else prefix
     scale = model.scale
 
     def attend(_: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _tree_attention(q, k, v, seen, ancestors, layer.window, scale)[0]
 
-    return _layers(model, torch.embedding(model.embedding, tokens), positions, start, keys, values, attend)
+    return _layers(model, x, positions, start, keys, values, attend, layers)
 
 
 def panel(
@@ -123,7 +143,8 @@ def panel(
 
     start = torch.tensor([first], dtype=torch.int32, device=device)
     positions = torch.arange(first, end, dtype=torch.int32, device=device)[None]
-    return _layers(model, torch.embedding(model.embedding, tokens), positions, start, keys, values, attend)
+    x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
+    return _layers(model, x, positions, start, keys, values, attend, layers)
 
 
 def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:
@@ -132,10 +153,19 @@ def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:
     return ranges + columns <= patterns.heads * (n_k - n_q / 2) / 2
 
 
-def logits(model: DecoderModel, state: Tensor) -> Tensor:
-    """Logits `[.., V]` of states `[.., d]` as `rows` and `panel` return them; row-invariant for up to 64 rows."""
-    out: Tensor = model.head(_rms_norm(state, *model.norm))
-    return out
+def logits(model: DecoderModel, state: Tensor, largest: int | None = None) -> Tensor:
+    """Logits `[.., V]` of states `[.., d]` as `rows` and `panel` return them; row-invariant for up to 64 rows.
+
+    Args:
+        model: the decoder.
+        state: `[.., d]`.
+        largest: how many of the largest logits the choice of a token depends on, 0 for all: a `Head` may give -inf for
+            the others. None where it is not about choosing a token.
+    """
+    x = _rms_norm(state, *model.norm)
+    if largest is not None and isinstance(model.head, Head):
+        return model.head.largest(x, largest)
+    return model.head(x)
 
 
 @torch.inference_mode()
@@ -162,6 +192,8 @@ def prefill(
     grid = n // PANEL * PANEL if panels else 0
     cache.borrow(b, tokens)
     done = cache.common(b, tokens)
+    if model.for_prompts is not model:  # tokens that were decoded skipped work that a prompt's do not
+        done = min(done, cache.prompts[b])
     by_panel = cache.panels[b][0] if cache.panels[b][1] is how else 0
     if by_panel != cache.panels[b][0]:
         done = 0
@@ -177,6 +209,7 @@ def prefill(
     for first, end in spans(done, grid, n if finish or not panels else grid):
         state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns)
         cache.tokens[b].extend(tokens[first:end])
+        cache.prompts[b] = end
         if end <= grid:
             cache.panels[b] = (end, how)
     return None if state is None or not finish else state[:, -1:]
@@ -192,11 +225,21 @@ def spans(done: int, grid: int, n: int) -> Iterator[tuple[int, int]]:
 
 
 def advance(
-    cache: KVCache, b: int, tokens: Tensor, first: int, whole: bool, patterns: HeadPatterns | None = None
+    cache: KVCache,
+    b: int,
+    tokens: Tensor,
+    first: int,
+    whole: bool,
+    patterns: HeadPatterns | None = None,
+    decoded: bool = False,
 ) -> Tensor:
-    """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`."""
+    """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`.
+
+    They are read as those of a prompt; with `decoded` as decoding reads them, to the bit where they are rows.
+    """
+    model = cache.model if decoded else cache.model.for_prompts
     keys, values = cache.of_sequence(b)
     if whole:
-        return panel(cache.model, keys, values, tokens, first, patterns)
+        return panel(model, keys, values, tokens, first, patterns)
     start = torch.tensor([first], dtype=torch.int32, device=tokens.device)
-    return rows(cache.model, keys, values, tokens, start)
+    return rows(model, keys, values, tokens, start)

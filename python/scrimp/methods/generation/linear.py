@@ -7,7 +7,7 @@ the loop never asks what it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Linear(Protocol):
     """One or several linear layers of the same input, run as one.
 
     A row's result must not depend on the other rows for up to 64 rows in all; above that it must be deterministic.
+    One that skips work has an attribute `dense`, a Linear that skips nothing: prompts are read by that.
 
     Attributes:
         sizes: outputs of each of the layers, in the order in which they lie side by side.
@@ -30,6 +31,19 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `[B, T, K]`, residual `[B, T, sum of sizes]` -> `[B, T, sum of sizes]`, contiguous."""
+        ...
+
+
+@runtime_checkable
+class Head(Linear, Protocol):
+    """A head that computes less where the largest logits are enough."""
+
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """x `[B, T, d]` -> logits `[B, T, V]`, of which those that are not among the k largest may be -inf.
+
+        k = 1: of equal ones that of the lowest id is there. k > 1: so are all equals of the k-th, and all that become
+        its equals when they are divided by a temperature. k = 0: all are wanted, to choose a token.
+        """
         ...
 
 
@@ -55,6 +69,19 @@ class SideBySide:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = torch.cat([part(x) for part in self.parts], -1)
         return out if residual is None else out + residual
+
+    @property
+    def dense(self) -> SideBySide:
+        """Itself where no part skips work."""
+        parts = [for_prompts(part) for part in self.parts]
+        alike = all(a is b for a, b in zip(parts, self.parts, strict=True))
+        return self if alike else SideBySide(parts)
+
+
+def for_prompts(linear: Linear) -> Linear:
+    """The linear that reads prompts: itself unless it skips work."""
+    found: Linear = getattr(linear, "dense", linear)
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:

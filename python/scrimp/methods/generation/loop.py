@@ -167,7 +167,7 @@ def step(cache: KVCache, tokens: Sequence[int | None]) -> Tensor:
 @torch.inference_mode()
 def _next_tokens(model: DecoderModel, state: Tensor, texts: Sequence[Text], chooser: Chooser) -> list[int | None]:
     """The next token of every sequence; None for finished ones."""
-    logits = forward.logits(model, state)
+    logits = forward.logits(model, state, chooser.largest(texts))
     if not chooser.is_plain(texts):
         pairs = zip(texts, logits[:, 0], strict=True)
         return [None if text.reason is not None else chooser.one(row, text) for text, row in pairs]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linear import Linear
+from .linear import Linear, for_prompts
 
 MAX_ROWS = 64  # rows in all for which every op is row-invariant
 POSITION_BLOCK = 1024
@@ -44,6 +45,12 @@ class DecoderLayer:
     gate_up: Linear
     down: Linear
     window: int
+
+    def for_prompts(self) -> DecoderLayer:
+        """The layer that reads prompts: itself unless a linear skips work."""
+        found = {name: for_prompts(getattr(self, name)) for name in ("qkv", "o", "gate_up", "down")}
+        alike = all(linear is getattr(self, name) for name, linear in found.items())
+        return self if alike else replace(self, **found)  # type: ignore[arg-type]
 
 
 class Positions:
@@ -99,6 +106,13 @@ class DecoderModel:
     context: int
     eos: tuple[int, ...]
     weights: tuple[tuple[Tensor, int, int], ...]
+
+    @cached_property
+    def for_prompts(self) -> DecoderModel:
+        """The model that reads prompts: itself unless linears skip work in decoding."""
+        layers = tuple(layer.for_prompts() for layer in self.layers)
+        alike = all(a is b for a, b in zip(layers, self.layers, strict=True))
+        return self if alike else replace(self, layers=layers)
 
     @property
     def vocabulary(self) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..._registry import OPS
 from ...ops._noise import signed
 
+COLDEST, HOTTEST = 1e-4, 1e4  # temperatures by which logits can be divided without leaving what fp32 can hold
+
 _tree_accept = OPS["tree_accept"].call
 
 
@@ -47,6 +49,13 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must be from 0 to 1")
+
+    @property
+    def largest(self) -> int:
+        """How many of the largest logits the choice depends on, with equals of the last above 1; 0 for all."""
+        if self.temperature == 0:
+            return 1
+        return max(self.top_k, 2) if self.top_k and COLDEST <= self.temperature <= HOTTEST else 0
 
     @property
     def filters(self) -> bool:

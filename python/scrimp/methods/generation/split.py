@@ -123,5 +123,5 @@ def _twin(model: DecoderModel) -> DecoderModel:
 
 @torch.inference_mode()
 def _greedy_step(cache: KVCache, tokens: Sequence[int]) -> list[int]:
-    found: list[int] = forward.logits(cache.model, step(cache, tokens))[:, 0].argmax(-1).tolist()
+    found: list[int] = forward.logits(cache.model, step(cache, tokens), largest=1)[:, 0].argmax(-1).tolist()
     return found

@@ -3,7 +3,17 @@
 from .api import TreeDecoding, tree_decoding
 from .cost import CostCurve
 from .draft import Accepted, Candidates, Draft, DraftSource
-from .sources import EarlyExit, LookupDraft, ModelDraft, NgramDraft, RecyclingDraft, SelfDraft
+from .maps import DraftMaps
+from .sources import (
+    EarlyExit,
+    HiddenTransfer,
+    LookupDraft,
+    MedusaHeads,
+    ModelDraft,
+    NgramDraft,
+    RecyclingDraft,
+    SelfDraft,
+)
 from .tree import Tree
 
 __all__ = [
@@ -11,9 +21,12 @@ __all__ = [
     "Candidates",
     "CostCurve",
     "Draft",
+    "DraftMaps",
     "DraftSource",
     "EarlyExit",
+    "HiddenTransfer",
     "LookupDraft",
+    "MedusaHeads",
     "ModelDraft",
     "NgramDraft",
     "RecyclingDraft",

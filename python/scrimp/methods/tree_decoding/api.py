@@ -37,9 +37,14 @@ class TreeDecoding:
         session = self.session(model, cache, [text.prompt + text.new for text in texts])
         return decode(session, texts, chooser)
 
-    def lockstep(self, model: DecoderModel, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Lockstep:
-        """What stands for `step` of a loop that feeds one token of every sequence at a time."""
-        return Lockstep(lambda texts: self.session(model, cache, texts), cache, prompts)
+    def lockstep(
+        self, model: DecoderModel, cache: KVCache, prompts: Sequence[Sequence[int]], largest: int = 0
+    ) -> Lockstep:
+        """What stands for `step` of a loop that feeds one token of every sequence at a time.
+
+        It chooses tokens by the `largest` largest logits; 0 for all.
+        """
+        return Lockstep(lambda texts: self.session(model, cache, texts), cache, prompts, largest)
 
     @property
     def tokens_per_step(self) -> float:

@@ -19,7 +19,7 @@ def decode(session: Session, sequences: Sequence[Text], chooser: Chooser) -> Ite
         active = [sequence.reason is None for sequence in sequences]
         depths = [None if s.reason is not None else s.limit - len(s.new) - 1 for s in sequences]
         fed = [text[-1] for text in session.texts]
-        step = session.advance(depths)
+        step = session.advance(depths, chooser.largest(sequences))
         paths, chosen = accept(step, sequences, chooser)
         session.settle(step, paths, chosen)
         for b, sequence in enumerate(sequences):

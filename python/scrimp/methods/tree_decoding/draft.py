@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..generation.cache import KVCache
 from ..generation.model import DecoderModel
+from .maps import DraftMaps
 
 
 @dataclass
@@ -44,14 +45,16 @@ class Accepted:
     Attributes:
         sequence: its number in the batch.
         rows: tokens of the rows on the accepted path: the last token of the text before the step, then right guesses.
-        logits: `[n, V]` after each of them.
+        logits: `[n, V]` after each of them; some heads give the largest 8 and -inf for the others.
         state: `[n, d]`, the states before the last norm.
+        ahead: `[k, d]`, those of the pseudo rows behind the last of them; None where no draft let any ride along.
     """
 
     sequence: int
     rows: list[int]
     logits: Tensor
     state: Tensor
+    ahead: Tensor | None
 
 
 class Draft(Protocol):
@@ -69,6 +72,17 @@ class Draft(Protocol):
     def update(self, accepted: Accepted) -> None:
         """Hears what came of a step, once for each sequence."""
         ...
+
+
+@runtime_checkable
+class RidingDraft(Draft, Protocol):
+    """A draft whose guesses come of pseudo rows that ride along behind every row of a tree.
+
+    Attributes:
+        riding: what makes them.
+    """
+
+    riding: DraftMaps
 
 
 class DraftSource(Protocol):

@@ -11,7 +11,8 @@ from ..generation.cache import KVCache
 from ..generation.model import DecoderModel
 from .acceptance import Acceptance
 from .cost import CostCurve
-from .draft import Accepted, Candidates, Draft, DraftSource
+from .draft import Accepted, Candidates, Draft, DraftSource, RidingDraft
+from .maps import DraftMaps
 
 TRIAL = 6  # steps with and steps without a costly source before they are compared
 AGAIN = 64  # steps after which the slower way is tried anew
@@ -100,11 +101,14 @@ class Running:
         self, texts: Sequence[Sequence[int] | None], depths: Sequence[int]
     ) -> list[tuple[str, list[Candidates]]]:
         """Guesses of every source that is worth its time, by its name."""
-        return [
-            (source.name, draft.propose(texts, depths))
-            for source, draft in self._drafts
-            if not source.costly or self._worths[source.name].on
-        ]
+        return [(source.name, draft.propose(texts, depths)) for source, draft in self._used()]
+
+    def riding(self) -> DraftMaps | None:
+        """What makes the pseudo rows of the next step; None unless a source that is worth its time has some."""
+        return next((draft.riding for _, draft in self._used() if isinstance(draft, RidingDraft)), None)
+
+    def _used(self) -> list[tuple[DraftSource, Draft]]:
+        return [pair for pair in self._drafts if not pair[0].costly or self._worths[pair[0].name].on]
 
     def update(self, accepted: Accepted) -> None:
         for _, draft in self._drafts:

@@ -18,12 +18,17 @@ class Lockstep:
         begin: makes a session for texts with their first new token.
         cache: holds the prompts.
         prompts: of the sequences.
+        largest: how many of the largest logits are asked for, 0 for all.
     """
 
     def __init__(
-        self, begin: Callable[[list[list[int]]], Session], cache: KVCache, prompts: Sequence[Sequence[int]]
+        self,
+        begin: Callable[[list[list[int]]], Session],
+        cache: KVCache,
+        prompts: Sequence[Sequence[int]],
+        largest: int = 0,
     ) -> None:
-        self._begin, self._cache = begin, cache
+        self._begin, self._cache, self._largest = begin, cache, largest
         self._prompts = [list(prompt) for prompt in prompts]
         self._session: Session | None = None
         self._step: Step | None = None
@@ -67,7 +72,8 @@ class Lockstep:
             paths = [[] if t is None else path for path, t in zip(self._paths, tokens, strict=True)]
             self._session.settle(self._step, paths, chosen)
         room = [self._cache.capacity - len(text) for text in self._session.texts]
-        self._step = self._session.advance([None if t is None else r for r, t in zip(room, tokens, strict=True)])
+        depths = [None if t is None else r for r, t in zip(room, tokens, strict=True)]
+        self._step = self._session.advance(depths, self._largest)
         self._paths = [[0] for _ in tokens]
         self._fed = [[] for _ in tokens]
         return [0] * len(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ from ..._registry import OPS
 from ..generation import forward
 from ..generation.cache import KVCache
 from ..generation.model import DecoderModel
+from . import ahead
 from .draft import Accepted, Candidates
 from .knowledge import Knowledge, Running
+from .maps import DraftMaps
 from .merge import Merged, worthwhile
 from .tree import Tree, TreeBatch, together
+
+LEARNT = 8  # largest logits of which sources learn
 
 _compact = OPS["kv_compact"].call
 
@@ -28,8 +33,9 @@ class Step:
     Attributes:
         trees: of each sequence; those of finished ones are a single row.
         batch: the trees as tensors.
-        logits: `[B, T, V]` after each row.
+        logits: `[B, T, V]` after each row; -inf where a `Head` left one out (`scrimp.methods.generation.linear`).
         state: `[B, T, d]`.
+        ahead: `[B, T, k, d]`, states of the pseudo rows behind each row, or None.
         merged: what the trees were made of; None for finished sequences.
     """
 
@@ -37,6 +43,7 @@ class Step:
     batch: TreeBatch
     logits: Tensor
     state: Tensor
+    ahead: Tensor | None
     merged: list[Merged | None]
 
 
@@ -64,31 +71,45 @@ class Session:
         self.model = model
         self.cache = cache
         self.texts = [list(text) for text in texts]
-        self.limit = min(guesses, forward.MAX_ROWS // cache.batch - 1)
+        self._guesses = guesses
+        self.limit = self._room(1)
         self._running = running
         self._knowledge = knowledge
         self._chain = any(layer.window for layer in model.layers)
         self._begin = 0.0
 
     @torch.inference_mode()
-    def advance(self, depths: Sequence[int | None]) -> Step:
+    def advance(self, depths: Sequence[int | None], largest: int = 0) -> Step:
         """Feeds a tree to every sequence.
 
         Args:
             depths: how deep guesses of each sequence can be of use; None for a finished sequence.
+            largest: how many of the largest logits the choice of tokens depends on; 0 for all.
         """
         self._begin = time.perf_counter()
         merged = self._merge(depths)
-        curve = self._knowledge.curve(self.model)
+        riding, limit = self._riding()
+        curve, paid = self._knowledge.curve(self.model), partial(ahead.rows_paid, self.model, riding)
         gains = [one.gains for one in merged if one is not None]
-        count = worthwhile(gains, self.cache.batch, self.limit, curve) if self.limit > 0 else 0
+        count = worthwhile(gains, self.cache.batch, limit, lambda rows: curve(paid(rows))) if limit > 0 else 0
         trees = [Tree([0], [-1]) if one is None else one.tree(count) for one in merged]
         batch = together(trees, self.model.device)
         begin = time.perf_counter()
-        state = self._feed(batch, [depth is None for depth in depths])
-        logits = forward.logits(self.model, state)
-        curve.note(batch.tokens.numel(), time.perf_counter() - begin)
-        return Step(trees, batch, logits, state, merged)
+        state, pseudo = self._feed(batch, [depth is None for depth in depths], riding)
+        logits = forward.logits(self.model, state, max(largest, LEARNT) if largest else 0)
+        curve.note(paid(batch.tokens.numel()), time.perf_counter() - begin)
+        return Step(trees, batch, logits, state, pseudo, merged)
+
+    def _room(self, rows: int) -> int:
+        """Guesses in a tree at most where every row of it takes so many."""
+        return min(self._guesses, forward.MAX_ROWS // (self.cache.batch * rows) - 1)
+
+    def _riding(self) -> tuple[DraftMaps | None, int]:
+        """What makes pseudo rows in this step, if they leave room for a tree, and the guesses in it at most."""
+        riding = self._running.riding()
+        if riding is not None and (room := self._room(1 + riding.count)) > 0:
+            return riding, room
+        return None, self.limit
 
     def _merge(self, depths: Sequence[int | None]) -> list[Merged | None]:
         texts = [None if depth is None else text for text, depth in zip(self.texts, depths, strict=True)]
@@ -102,14 +123,16 @@ class Session:
             found.append(None if text is None else Merged(text[-1], own, self._knowledge.acceptance, self._chain))
         return found
 
-    def _feed(self, batch: TreeBatch, idle: Sequence[bool]) -> Tensor:
+    def _feed(self, batch: TreeBatch, idle: Sequence[bool], riding: DraftMaps | None) -> tuple[Tensor, Tensor | None]:
         """Rows of finished sequences go to the scratch slots, as if after an empty text."""
         device, capacity = self.model.device, self.cache.capacity
         held = [len(text) - 1 for text in self.texts]
         start = [capacity if off else count for off, count in zip(idle, held, strict=True)]
         prefix = [0 if off else count for off, count in zip(idle, held, strict=True)]
         start_t, prefix_t = (torch.tensor(x, dtype=torch.int32, device=device) for x in (start, prefix))
-        return forward.rows(
+        if riding is not None:
+            return ahead.feed(self.model, self.cache, batch, start_t, prefix_t, riding)
+        state = forward.rows(
             self.model,
             self.cache.keys,
             self.cache.values,
@@ -119,6 +142,7 @@ class Session:
             positions=prefix_t[:, None] + batch.depths,
             ancestors=None if self._chain else batch.words,
         )
+        return state, None
 
     @torch.inference_mode()
     def settle(self, step: Step, paths: Sequence[Sequence[int]], chosen: Sequence[Sequence[int]]) -> None:
@@ -139,7 +163,8 @@ class Session:
                 continue
             merged.count(tokens, self._knowledge.acceptance)
             fed = [step.trees[b].tokens[row] for row in path]
-            self._running.update(Accepted(b, fed, step.logits[b, list(path)], step.state[b, list(path)]))
+            pseudo = None if step.ahead is None else step.ahead[b, path[-1]]
+            self._running.update(Accepted(b, fed, step.logits[b, list(path)], step.state[b, list(path)], pseudo))
             self.texts[b] += tokens
             self._knowledge.steps += 1
             self._knowledge.tokens += len(tokens)

@@ -1,8 +1,18 @@
 """Draft sources: each guesses how a text goes on, all of them may be used together."""
 
+from .heads import HiddenTransfer, MedusaHeads
 from .lookup import LookupDraft
 from .model import EarlyExit, ModelDraft, SelfDraft
 from .ngram import NgramDraft
 from .recycling import RecyclingDraft
 
-__all__ = ["EarlyExit", "LookupDraft", "ModelDraft", "NgramDraft", "RecyclingDraft", "SelfDraft"]
+__all__ = [
+    "EarlyExit",
+    "HiddenTransfer",
+    "LookupDraft",
+    "MedusaHeads",
+    "ModelDraft",
+    "NgramDraft",
+    "RecyclingDraft",
+    "SelfDraft",
+]

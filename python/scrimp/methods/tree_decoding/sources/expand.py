@@ -18,16 +18,15 @@ def expand(
 
     Args:
         context: the last tokens of the text.
-        follow: context -> tokens that may come next and their chances; contexts keep their length.
+        follow: context and the guesses after it -> tokens that may come next and their chances.
     """
     found = Candidates()
     heap: list[tuple[float, int, int, int, tuple[int, ...], float]] = []
-    size = len(context)
 
     def push(parent: int, level: int, path: float, last: tuple[int, ...]) -> None:
         for rank, (token, chance) in enumerate(follow(last) if level < depth else ()):
-            after = (*last, token)[-size:]
-            heapq.heappush(heap, (-path * chance, len(found) * 100 + rank, parent, level + 1, after, chance))
+            entry = (-path * chance, len(found) * 100 + rank, parent, level + 1, (*last, token), chance)
+            heapq.heappush(heap, entry)
 
     push(-1, 0, 1.0, context)
     while heap and len(found) < guesses:

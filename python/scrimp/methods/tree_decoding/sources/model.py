@@ -172,7 +172,7 @@ def chains(
     found = [Candidates() for _ in held]
     parents = [-1] * len(held)
     for level in range(depth):
-        logits = forward.logits(view, state)[:, 0].float()
+        logits = forward.logits(view, state, WIDTH)[:, 0].float()
         best = logits.topk(min(WIDTH, logits.shape[-1]))
         chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp().tolist()
         for b, ids in enumerate(best.indices.tolist()):

@@ -46,7 +46,7 @@ class _Recycling:
             Candidates()
             if text is None
             else expand(
-                (text[-1],), lambda last: source.after.get(last[0], ()), source.guesses, min(depth, source.depth)
+                (text[-1],), lambda last: source.after.get(last[-1], ()), source.guesses, min(depth, source.depth)
             )
             for text, depth in zip(texts, depths, strict=True)
         ]

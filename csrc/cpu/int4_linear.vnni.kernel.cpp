@@ -26,7 +26,7 @@ const float* ordered(const Int4Row& row) {
   const int64_t columns = row.to->columns, padded = (columns + kInt4Chunk - 1) / kInt4Chunk * kInt4Chunk;
   with_type(row.type, row.x, [&](auto* x) {
     if (row.permutation) {
-      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = load_first(x + row.permutation[k], 1)[0];
+      for (int64_t k = 0; k < columns; ++k) row.scratch[k] = one(x + row.permutation[k]);
     } else {
       for (int64_t k = 0; k < columns; k += kLanes) {
         store_first(row.scratch + k, load_first(x + k, columns - k), columns - k);

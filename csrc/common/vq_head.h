@@ -1,0 +1,74 @@
+// What the drivers of a VQ head's ops share: the checks of its tensors, and the scores of its codes.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+
+namespace scrimp {
+
+// The place of the first code that is not a row of a codebook of K rows; `count` where there is none.
+inline int64_t first_outside(const int32_t* codes, int64_t count, int64_t K) {
+  uint32_t outside = 0;  // the sign bit tells of a code below 0 or above K - 1
+  for (int64_t i = 0; i < count; ++i) {
+    const auto code = static_cast<uint32_t>(codes[i]);
+    outside |= code | (static_cast<uint32_t>(K) - 1 - code);
+  }
+  int64_t i = outside >> 31 ? 0 : count;
+  while (i < count && codes[i] >= 0 && codes[i] < K) ++i;
+  return i;
+}
+
+// The codes and the bias of V tokens, of which each has G codes; contiguous, checked.
+struct VqTokens {
+  int64_t G, V;
+  Tensor codes_tensor;
+  std::optional<Tensor> bias_tensor;
+  const int32_t* codes;        // [G, V]
+  const void* bias = nullptr;  // [V], or null
+
+  VqTokens(const char* op, const Tensor& h, const Tensor& codebook, const Tensor& codes_any,
+           const std::optional<Tensor>& bias_any)
+      : codes_tensor(codes_any) {
+    using torch::headeronly::ScalarType;
+    const auto dtype = h.scalar_type();
+    SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
+                 ": h must be float32 or bfloat16 on the CPU");
+    SCRIMP_CHECK(h.is_cpu() && codebook.is_cpu() && codes_any.is_cpu(), op,
+                 ": h, codebook and codes must be on the CPU");
+    SCRIMP_CHECK(codebook.scalar_type() == dtype, op, ": h and codebook differ in dtype");
+    SCRIMP_CHECK(codes_any.scalar_type() == ScalarType::Int, op, ": codes must be int32");
+    SCRIMP_CHECK(h.dim() >= 1 && codebook.dim() == 2 && codebook.size(1) == h.size(h.dim() - 1), op, ": codebook ",
+                 shape_text(codebook), " does not fit h ", shape_text(h));
+    const int64_t dims = codes_any.dim();
+    SCRIMP_CHECK(dims == 1 || (dims == 2 && codes_any.size(0) > 0), op, ": codes has shape ", shape_text(codes_any),
+                 ", expected [V] or [G, V]");
+    G = dims == 2 ? codes_any.size(0) : 1;
+    V = codes_any.size(dims - 1);
+    codes_tensor = as_contiguous(codes_any);
+    codes = static_cast<const int32_t*>(codes_tensor.data_ptr());
+    const int64_t K = codebook.size(0), i = first_outside(codes, G * V, K);
+    SCRIMP_CHECK(i == G * V, op, ": codes[", dims == 2 ? text_of(i / V) + ", " : "", i % V, "]=", codes[i],
+                 " is not one of the ", K, " rows of the codebook");
+    if (!bias_any) return;
+    SCRIMP_CHECK(bias_any->is_cpu() && bias_any->scalar_type() == dtype, op,
+                 ": bias must be on the CPU and of the dtype of h");
+    SCRIMP_CHECK(bias_any->dim() == 1 && bias_any->size(0) == V, op, ": bias has shape ", shape_text(*bias_any),
+                 ", expected [", V, "]");
+    bias_tensor = as_contiguous(*bias_any);
+    bias = bias_tensor->data_ptr();
+  }
+};
+
+// h codebook^T [.., K] by the op `linear`, with all that it promises.
+inline Tensor code_scores(const Tensor& h, const Tensor& codebook) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(h), from(std::vector<Tensor>{codebook}), from(std::vector<std::optional<Tensor>>{}),
+                          from(std::optional<Tensor>{})};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("scrimp::linear", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace scrimp

@@ -1,0 +1,113 @@
+// channel_select on the CPU: checks, work split, registration.
+#include "cpu/channel_select.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/float_dtype.h"
+#include "common/rows.h"
+
+namespace scrimp {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+static void check(const Tensor& x, const Tensor& level, const OptionalTensor& scale, const OptionalTensor& center,
+                  const OptionalTensor& whole, int64_t rule) {
+  SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "channel_select: x must be [.., K] on the CPU");
+  SCRIMP_CHECK(rule >= 0 && rule <= static_cast<int64_t>(SelectRule::top_p), "channel_select: rule=", rule);
+  const auto is_numbers = [](const Tensor& tensor, int64_t count) {
+    return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == count;
+  };
+  const int64_t K = x.size(x.dim() - 1);
+  SCRIMP_CHECK(is_numbers(level, 1), "channel_select: level must be float32 [1] on the CPU");
+  for (const auto* tensor : {&scale, &center}) {
+    SCRIMP_CHECK(!*tensor || is_numbers(**tensor, K), "channel_select: scale and center must be float32 [", K,
+                 "] on the CPU");
+  }
+  if (!whole) return;
+  bool same = whole->is_cpu() && whole->scalar_type() == ScalarType::Bool && whole->dim() + 1 == x.dim();
+  for (int64_t i = 0; same && i < whole->dim(); ++i) same = whole->size(i) == x.size(i);
+  SCRIMP_CHECK(same, "channel_select: whole must be bool, a number for each row of x ", shape_text(x));
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
+                                                                 const OptionalTensor& scale_any,
+                                                                 const OptionalTensor& center_any,
+                                                                 const OptionalTensor& whole_any, int64_t rule,
+                                                                 bool common) {
+  const std::optional<FloatType> type = float_type(x);
+  SCRIMP_CHECK(type, "channel_select: x must be float32, bfloat16 or float16 on the CPU");
+  check(x, level, scale_any, center_any, whole_any, rule);
+  const int64_t K = x.size(x.dim() - 1);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const Tensor kept = torch::stable::new_empty(x, shape);
+  shape.back() = 2;
+  const Tensor energy = torch::stable::new_empty(x, shape, ScalarType::Float);
+  const Tensor index = torch::stable::new_empty(x, {K}, ScalarType::Int);
+  const Tensor count = torch::stable::new_empty(x, {1}, ScalarType::Int);
+  const int64_t M = energy.numel() / 2;
+  const auto list_kernel = SCRIMP_KERNEL(channel_select_list);
+  int32_t* list = static_cast<int32_t*>(index.data_ptr());
+  int32_t* listed = static_cast<int32_t*>(count.data_ptr());
+  if (M == 0 || K == 0) {
+    std::vector<int8_t> none(K);
+    *listed = list_kernel(none.data(), 1, K, list);
+    std::fill_n(static_cast<float*>(energy.data_ptr()), 2 * M, 0.0f);
+    return {kept, index, count, energy};
+  }
+
+  const auto vector_of = [](const OptionalTensor& any) -> OptionalTensor {
+    return any ? OptionalTensor(as_contiguous(*any)) : std::nullopt;
+  };
+  const OptionalTensor scale = vector_of(scale_any), center = vector_of(center_any), whole = vector_of(whole_any);
+  const auto numbers = [](const OptionalTensor& tensor) {
+    return tensor ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
+  };
+  const bool* is_whole = whole ? static_cast<const bool*>(whole->data_ptr()) : nullptr;
+  const float at = *static_cast<const float*>(level.data_ptr());
+  const SelectRule how = static_cast<SelectRule>(rule);
+  const Rows from(x), to(kept);
+  // One row of scores, and one of masks, for every row of x; behind them the mean score of a common choice.
+  const std::unique_ptr<float[]> scores(new float[(M + common) * K]);
+  const std::unique_ptr<int8_t[]> masks(new int8_t[M * K]);
+  const auto score = SCRIMP_KERNEL(channel_select_score);
+  const auto keep = SCRIMP_KERNEL(channel_select_keep);
+  const auto cut_of = SCRIMP_KERNEL(channel_select_cut);
+  float* mean = scores.get() + M * K;
+  const auto row = [&](int64_t m) -> SelectRow {
+    return {.channels = K,
+            .x = from.row(m),
+            .scale = numbers(scale),
+            .center = numbers(center),
+            .score = scores.get() + m * K,
+            .judged = common ? mean : scores.get() + m * K,
+            .mask = masks.get() + m * K,
+            .kept = to.row(m),
+            .energy = static_cast<float*>(energy.data_ptr()) + 2 * m,
+            .type = *type};
+  };
+  const auto finish = [&](int64_t m, SelectCut cut) { keep(row(m), is_whole && is_whole[m] ? kSelectAll : cut); };
+  if (common) {
+    for_each_row(M, K, [&](int64_t m) { score(row(m)); });
+    SCRIMP_KERNEL(channel_select_mean)(mean, scores.get(), M, K);
+    const SelectCut cut = cut_of(mean, K, how, at);
+    for_each_row(M, K, [&](int64_t m) { finish(m, cut); });
+  } else {
+    for_each_row(M, K, [&](int64_t m) {
+      score(row(m));
+      finish(m, cut_of(scores.get() + m * K, K, how, at));
+    });
+  }
+  *listed = list_kernel(masks.get(), M, K, list);
+  return {kept, index, count, energy};
+}
+
+}  // namespace scrimp
+
+STABLE_TORCH_LIBRARY_IMPL(scrimp, CPU, m) { m.impl("channel_select", TORCH_BOX(&scrimp::channel_select)); }

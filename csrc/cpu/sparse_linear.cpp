@@ -1,0 +1,121 @@
+// sparse_linear on the CPU: checks, work split, registration.
+#include "cpu/sparse_linear.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "common/float_dtype.h"
+#include "common/rows.h"
+
+namespace scrimp {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kRun = 16384;      // outputs of a channel that a thread reads in one go, where rows are few
+constexpr int64_t kSums = 4 * kRun;  // outputs times rows that are in the cache at once
+constexpr int64_t kAlone = 1 << 17;  // bytes of weights below which a second thread does not pay
+
+static void check(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count,
+                  const OptionalTensor& bias, const OptionalTensor& residual) {
+  SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "sparse_linear: x must be [.., K] on the CPU");
+  const auto fits = [&](const Tensor& tensor) { return tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(); };
+  const int64_t K = x.size(x.dim() - 1);
+  SCRIMP_CHECK(fits(weight) && weight.dim() == 2 && weight.size(0) == K,
+               "sparse_linear: weight must be on the CPU, of the dtype of x and [", K, ", N], got ",
+               shape_text(weight));
+  const int64_t N = weight.size(1);
+  SCRIMP_CHECK(N <= 1 || weight.stride(1) == 1, "sparse_linear: the outputs of a channel must be adjacent");
+  const auto is_list = [](const Tensor& tensor) {
+    return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1;
+  };
+  SCRIMP_CHECK(is_list(index) && index.size(0) <= K, "sparse_linear: index must be int32 [at most ", K, "] on the CPU");
+  SCRIMP_CHECK(is_list(count) && count.size(0) == 1, "sparse_linear: count must be int32 [1] on the CPU");
+  SCRIMP_CHECK(!bias || (fits(*bias) && bias->dim() == 1 && bias->size(0) == N),
+               "sparse_linear: bias must be on the CPU, of the dtype of x and [", N, "]");
+  if (!residual) return;
+  bool same = fits(*residual) && residual->dim() == x.dim() && residual->size(x.dim() - 1) == N;
+  for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
+  SCRIMP_CHECK(same, "sparse_linear: residual has shape ", shape_text(*residual), ", but x ", shape_text(x),
+               " and N=", N, ", or another device or dtype");
+}
+
+// How many channels are listed; a list that does not ascend within K is an error.
+static int64_t check_list(const Tensor& index, const Tensor& count, int64_t K) {
+  const int64_t listed = *static_cast<const int32_t*>(count.data_ptr());
+  SCRIMP_CHECK(listed >= 0 && listed <= index.size(0), "sparse_linear: count=", listed, " is not within a list of ",
+               index.size(0));
+  const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
+  if (listed == 0) return 0;
+  bool ascends = list[0] >= 0 && list[listed - 1] < K;
+  for (int64_t j = 1; j < listed; ++j) ascends &= list[j - 1] < list[j];
+  SCRIMP_CHECK(ascends, "sparse_linear: index does not ascend within [0, ", K, ")");
+  return listed;
+}
+
+static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index_any, const Tensor& count,
+                            const OptionalTensor& bias_any, const OptionalTensor& residual) {
+  const std::optional<FloatType> type = float_type(x);
+  SCRIMP_CHECK(type, "sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
+  check(x, weight, index_any, count, bias_any, residual);
+  const int64_t K = weight.size(0), N = weight.size(1), size = x.element_size();
+  const Tensor index = as_contiguous(index_any);
+  const int64_t listed = check_list(index, count, K);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = N;
+  const Tensor out = torch::stable::new_empty(x, shape);
+  if (out.numel() == 0) return out;
+  const int64_t M = out.numel() / N;
+  const OptionalTensor bias = bias_any ? OptionalTensor(as_contiguous(*bias_any)) : std::nullopt;
+  const Rows from(x), to(out);
+  const std::optional<Rows> beside = residual ? std::optional<Rows>(*residual) : std::nullopt;
+
+  // Outputs of an item: long runs, as many items for each thread, whole lines.
+  const int64_t rows_most = std::min(M, kSparseRows);
+  const int64_t workers = listed * N * size < kAlone ? 1 : worker_count((N + 63) / 64);
+  const int64_t run = std::min(kRun, kSums / rows_most);
+  const int64_t turns = (N + workers * run - 1) / (workers * run);
+  const int64_t share = (N + workers * turns - 1) / (workers * turns);
+  const int64_t width = (share + 63) / 64 * 64, items = (N + width - 1) / width;
+  const std::unique_ptr<float[]> packed(new float[rows_most * listed]);
+  const std::unique_ptr<float[]> sums(new float[2 * workers * rows_most * width]);
+  const auto kernel = SCRIMP_KERNEL(sparse_linear);
+  for (int64_t first = 0; first < M; first += kSparseRows) {
+    const int64_t rows = std::min(kSparseRows, M - first);
+    const void *inputs[kSparseRows], *added[kSparseRows];
+    for (int64_t m = 0; m < rows; ++m) {
+      inputs[m] = from.row(first + m);
+      if (beside) added[m] = beside->row(first + m);
+    }
+    const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
+    SCRIMP_KERNEL(sparse_linear_pack)
+    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed.get(), .type = *type});
+    for_each_item(items, workers, [&](int64_t item, int64_t worker) {
+      const int64_t n = item * width;
+      kernel({.rows = rows,
+              .listed = listed,
+              .outputs = std::min(width, N - n),
+              .packed = packed.get(),
+              .index = list,
+              .weight = static_cast<const char*>(weight.data_ptr()) + n * size,
+              .weight_stride = weight.stride(0),
+              .bias = bias ? static_cast<const char*>(bias->data_ptr()) + n * size : nullptr,
+              .residual = beside ? added : nullptr,
+              .residual_offset = n,
+              .out = to.row(first) + n * size,
+              .out_stride = N,
+              .part = sums.get() + 2 * worker * rows_most * width,
+              .total = sums.get() + (2 * worker + 1) * rows_most * width,
+              .type = *type});
+    });
+  }
+  return out;
+}
+
+}  // namespace scrimp
+
+STABLE_TORCH_LIBRARY_IMPL(scrimp, CPU, m) { m.impl("sparse_linear", TORCH_BOX(&scrimp::sparse_linear)); }

@@ -1,0 +1,212 @@
+// vq_sample, the loops: argmax of logits / temperature + noise over the tokens that filters keep.
+//
+// Logits are looked up again in every pass and never stored. A token can only win if the complement of its uniform
+// number, 1 - u, is at most exp(score - best so far): -log(-log u) >= t means 1 - u <= 1 - exp(-exp(-t)) <= exp(-t).
+// That is a hash, an exponential and a comparison, many tokens at a time; few are left to be looked at precisely.
+#include "cpu/vq_sample.h"
+
+#include <math.h>
+
+#include "common/gumbel.h"
+#include "common/vq_lanes.h"
+
+namespace scrimp::SCRIMP_ISA {
+namespace {
+
+constexpr int64_t kBlock = 32 * kLanes;  // tokens after which candidates are looked at
+constexpr int kHalf = kLanes / 2;
+constexpr float kSlack = 1.0001f;  // more than the rounding of a candidate's test
+
+typedef uint64_t KeyVec __attribute__((vector_size(4 * kLanes)));
+
+// Logits as the op vq_logits gives them, divided by the temperature.
+template <class T>
+struct Scores {
+  TokenLogits<T> logits;
+  float temperature;
+
+  SCRIMP_INLINE Vec scaled(Vec logit) const {
+    const Vec rounded = round_to<T>(logit);
+    return temperature > 0 ? rounded / broadcast(temperature) : rounded;
+  }
+
+  float one(int64_t v) const { return scaled(broadcast(logits.one(v)))[0]; }
+
+  float of_code(int64_t code) const { return scaled(load_first(logits.scores + code, 1))[0]; }
+
+  // Of tokens v, v + 1, ...; -inf behind the last one.
+  SCRIMP_INLINE Vec lanes(int64_t v) const {
+    if (v + kLanes <= logits.tokens) return scaled(logits.lanes(v));
+    Vec some = broadcast(-INFINITY);
+    for (int i = 0; v + i < logits.tokens; ++i) some[i] = one(v + i);
+    return some;
+  }
+};
+
+// ---- filters: kept are scores above `low`, and those at `low` of tokens up to `last` ----
+
+struct Cut {
+  float low = -INFINITY;
+  int64_t last = INT64_MAX;
+
+  bool keeps(float score, int64_t token) const { return score > low || (score == low && token <= last); }
+};
+
+// Numbers in the order of floats; both zeros are one.
+uint32_t rank(float x) {
+  x += 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+float score_of(uint32_t rank) {
+  const uint32_t bits = rank >> 31 ? rank & 0x7fffffffu : ~rank;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The highest score such that all from it on weigh at least wanted(weight of all); `above` is what is above it.
+template <class Visit, class Weigh, class Wanted>
+float lowest_kept(const Visit& visit, const Weigh& weigh, const Wanted& wanted, double& above) {
+  uint32_t low = 0, known = 0;  // of the rank of the result: its bits, and which of them are known
+  double target = -1;
+  above = 0;
+  constexpr int kShifts[] = {21, 10, 0};  // 11 bits at a time
+  for (const int shift : kShifts) {
+    double bins[2048] = {};
+    visit([&](float score, int64_t count) {
+      const uint32_t place = rank(score);
+      if ((place & known) == low) bins[place >> shift & 2047] += weigh(score, count);
+    });
+    if (target < 0) {
+      double all = 0;
+      for (const double bin : bins) all += bin;
+      target = wanted(all);
+    }
+    uint32_t bin = 2047;
+    while (bin > 0 && above + bins[bin] < target) above += bins[bin--];
+    low |= bin << shift;
+    known = ~uint32_t{0} << shift;
+  }
+  return low < rank(-INFINITY) ? -INFINITY : score_of(low);
+}
+
+template <class T>
+Cut find_cut(const VqRow& row, const Scores<T>& scores, float best) {
+  Cut cut;
+  // Tokens of a code without bias have one score, so that codes and their counts say everything.
+  const auto visit = [&](const auto& body) {
+    if (row.counts) {
+      for (int64_t k = 0; k < row.codebook; ++k)
+        if (row.counts[k]) body(scores.of_code(k), row.counts[k]);
+    } else {
+      for (int64_t v = 0; v < row.tokens; ++v) body(scores.one(v), 1);
+    }
+  };
+  double above;
+  if (0 < row.top_k && row.top_k < row.tokens) {
+    const auto one_each = [](float, int64_t count) { return static_cast<double>(count); };
+    cut.low = lowest_kept(visit, one_each, [&](double) { return static_cast<double>(row.top_k); }, above);
+  }
+  if (row.top_p < 1) {
+    const auto mass = [&](float score) { return exp(static_cast<double>(score) - static_cast<double>(best)); };
+    const auto weigh = [&, low = cut.low](float score, int64_t count) {
+      return score >= low ? mass(score) * static_cast<double>(count) : 0;
+    };
+    double target = 0;
+    const auto wanted = [&](double all) { return target = row.top_p * all; };
+    cut.low = lowest_kept(visit, weigh, wanted, above);
+    double missing = target - above;
+    for (int64_t v = 0; v < row.tokens && missing > 0; ++v) {
+      if (scores.one(v) != cut.low) continue;
+      missing -= mass(cut.low);
+      cut.last = v;
+    }
+  }
+  const float low = best + row.log_min_p;
+  return low > cut.low ? Cut{low} : cut;
+}
+
+// ---- the draw ----
+
+SCRIMP_INLINE KeyVec mix(KeyVec value) {
+  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
+  value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
+  return value ^ (value >> 31);
+}
+
+// At most 1 - u of tokens v, v + 1, ..., and 2^-31 less at most.
+SCRIMP_INLINE Vec complements(uint64_t key, int64_t v) {
+  KeyVec step;
+  for (int i = 0; i < kHalf; ++i) step[i] = static_cast<uint64_t>(i) * kGamma;
+  const uint64_t first = key + static_cast<uint64_t>(v + 1) * kGamma;
+  const BitsVec a = (BitsVec)~mix(step + first), b = (BitsVec)~mix(step + (first + kHalf * kGamma));
+#if defined(__AVX512F__)
+  const BitsVec high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  const BitsVec high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  const BitsVec high = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+  return __builtin_convertvector((IntVec)(high >> 1), Vec) * 0x1p-31f;
+}
+
+// The token of the largest score + noise among those kept; `token` is one of them.
+template <class T>
+int64_t draw(const VqRow& row, const Scores<T>& scores, const Cut& cut, int64_t token) {
+  const auto drawn_by = [&](int64_t v) { return static_cast<double>(scores.one(v)) + gumbel(noise_bits(row.key, v)); };
+  double drawn = drawn_by(token);
+  int32_t may_win[kBlock];
+  for (int64_t first = 0; first < row.tokens; first += kBlock) {
+    const int64_t last = first + kBlock < row.tokens ? first + kBlock : row.tokens;
+    const Vec bar = broadcast(nextafterf(static_cast<float>(drawn), -INFINITY));
+    IntVec some{};
+    for (int64_t v = first; v < last; v += kLanes) {
+      const Vec weight = exp2((scores.lanes(v) - bar) * kLog2E) * kSlack;
+      const IntVec candidates = complements(row.key, v) <= weight;
+      memcpy(may_win + (v - first), &candidates, sizeof candidates);
+      some |= candidates;
+    }
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= some[i];
+    for (int64_t v = first; any && v < last; ++v) {
+      if (!may_win[v - first] || !cut.keeps(scores.one(v), v)) continue;
+      const double value = drawn_by(v);
+      if (value > drawn || (value == drawn && v < token)) {
+        drawn = value;
+        token = v;
+      }
+    }
+  }
+  return token;
+}
+
+template <class T>
+int64_t sample(const VqRow& row) {
+  const Scores<T> scores{
+      {static_cast<const T*>(row.scores), row.codes, static_cast<const T*>(row.bias), row.levels, row.tokens},
+      row.temperature};
+  Vec high = broadcast(-INFINITY);
+  IntVec nan{};
+  for (int64_t v = 0; v < row.tokens; v += kLanes) {
+    const Vec score = scores.lanes(v);
+    nan |= score != score;
+    high = max(score, high);
+  }
+  for (int i = 0; i < kLanes; ++i)
+    if (nan[i]) return -1;
+  const float best = highest_lane(high);
+  if (best == -INFINITY) return -1;
+  int64_t token = 0;
+  while (scores.one(token) != best) ++token;
+  if (row.temperature == 0 || best == INFINITY) return token;
+  return draw(row, scores, find_cut(row, scores, best), token);
+}
+
+}  // namespace
+
+int64_t vq_sample(const VqRow& row) { return row.bf16 ? sample<BFloat16>(row) : sample<float>(row); }
+
+}  // namespace scrimp::SCRIMP_ISA

@@ -1,0 +1,23 @@
+"""Activation sparsity (WINA, TEAL): the channels of a linear layer's input that matter little are not multiplied."""
+
+from .calibrate import calibrate
+from .calibration import METHODS, SPARSITIES, Calibration
+from .linear import Selection, SparseLinear
+from .sparsify import ALLOCATIONS, LayerReport, Report, sparsify
+from .usage import LayerUsage, Usage, metered
+
+__all__ = [
+    "ALLOCATIONS",
+    "METHODS",
+    "SPARSITIES",
+    "Calibration",
+    "LayerReport",
+    "LayerUsage",
+    "Report",
+    "Selection",
+    "SparseLinear",
+    "Usage",
+    "calibrate",
+    "metered",
+    "sparsify",
+]

@@ -1,0 +1,109 @@
+"""scrimp.calibrate: reads text with the dense model and measures what skipping channels would cost each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..head_patterns import weight_hash
+from ..int4 import blocks as parts
+from .calibration import METHODS, SPARSITIES, Calibration, Group
+from .groups import groups_of
+
+LEVEL_ROWS = 1024  # inputs of a group from which levels are taken
+ERROR_ROWS = 128  # and those of them on which errors are measured
+
+
+def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bool = True) -> Calibration:
+    """Measures norms, medians, thresholds and error curves of every linear layer; the sparsity is chosen later.
+
+    Decoder layers are taken one after the other: the inputs of one of them are in memory. The first token of a text
+    takes no part: its activations are unlike all others, and it is always read densely.
+
+    Args:
+        model: a Hugging Face Llama, Mistral, Qwen2 or Qwen3 with dense weights.
+        text: tokens int64 `[samples, n]`, or a list of `[1, n]`, n at least 2.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: another model, no text or misshapen text, or activations that are not finite.
+
+    Example:
+        calibration = scrimp.calibrate(model, tokens)
+        calibration.save("calibration.safetensors")
+        scrimp.sparsify(model, calibration, sparsity=0.5)
+    """
+    from tqdm.auto import tqdm
+
+    groups = groups_of(model, "calibrate")
+    texts = list(text.split(1)) if isinstance(text, Tensor) else list(text)
+    if not texts:
+        raise ValueError("calibrate: there is no text")
+    for index, tokens in enumerate(texts):
+        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
+            raise ValueError(f"calibrate: text[{index}] is {tokens.dtype} {list(tokens.shape)}, not int64 [1, n > 1]")
+    layers = [model.get_submodule(f"model.layers.{i}") for i in range(len(groups))]
+    found = []
+    with torch.inference_mode():
+        samples = [parts.enter(model, layers, tokens) for tokens in texts]
+        for index, layer in enumerate(tqdm(layers, desc="calibrate", unit="layer", disable=not progress)):
+            firsts = [names[0] for names in groups[index]]
+            with _inputs(model, firsts) as inputs:
+                for sample in samples:
+                    sample.hidden = parts.step(layer, index, sample)
+            found.append(tuple(_measure(model, names, inputs[names[0]]) for names in groups[index]))
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+    return Calibration(tuple(found), weight_hash(model), name, sum(tokens.numel() for tokens in texts))
+
+
+@contextmanager
+def _inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects the inputs of some layers, without those of each text's first token."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook(name: str) -> torch.utils.hooks.RemovableHandle:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name].append(args[0][0, 1:].float())
+
+        return model.get_submodule(name).register_forward_pre_hook(look)
+
+    handles = [hook(name) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _measure(model: nn.Module, names: tuple[str, ...], inputs: list[Tensor]) -> Group:
+    """All curves of the layers of one input."""
+    weight = torch.cat([model.get_submodule(name).get_parameter("weight").float() for name in names])  # [N, K]
+    rows = torch.cat(inputs)
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"calibrate: the inputs of {names[0]} are not finite")
+    rows = rows[:: -(-len(rows) // LEVEL_ROWS)]
+    norms, centers = weight.norm(dim=0), rows.median(0).values
+    some = slice(None, None, -(-len(rows) // ERROR_ROWS))
+    whole = (rows[some] @ weight.T).norm().clamp(min=1e-30)
+    levels, errors = torch.empty(2, len(METHODS), len(SPARSITIES))
+    for i, method in enumerate(METHODS):
+        moved = rows - centers if method == "wina-centred" else rows
+        scores = moved.abs() if method == "teal" else moved.abs() * norms
+        levels[i] = quantiles(scores)
+        for j, level in enumerate(levels[i]):
+            dropped = moved[some].masked_fill(scores[some] > level, 0)
+            errors[i, j] = (dropped @ weight.T).norm() / whole
+    return Group(names, weight.shape[0], norms, centers, levels, errors)
+
+
+def quantiles(scores: Tensor) -> Tensor:
+    """The levels that as large a share of all scores does not exceed as SPARSITIES say; 0 for none."""
+    ordered = torch.from_numpy(np.sort(scores.flatten().numpy()))  # several times as fast as torch's
+    at = torch.tensor([max(0, round(s * len(ordered)) - 1) for s in SPARSITIES])
+    found = ordered[at]
+    found[0] = 0
+    return found

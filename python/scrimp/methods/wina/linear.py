@@ -1,0 +1,182 @@
+"""SparseLinear: a linear layer that multiplies, for each new token, the input channels which matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..._registry import OPS
+from ...ops.channel_select import RULES, Selected
+from ..generation.linear import Linear, SideBySide
+from ..generation.model import MAX_ROWS
+from .usage import Meter
+
+RULE = RULES.index("threshold")
+
+_channel_select = OPS["channel_select"].call
+_sparse_linear = OPS["sparse_linear"].call
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """How rows choose their channels (`scrimp.ops.channel_select`); layers of one input share one.
+
+    Attributes:
+        level: fp32 `[1]`, above which scores are kept.
+        scale: fp32 `[K]`, or None for 1.
+        center: fp32 `[K]`, or None for 0.
+    """
+
+    level: Tensor
+    scale: Tensor | None = None
+    center: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Selected:
+        found: Selected = _channel_select(x, self.level, self.scale, self.center, None, RULE, False)
+        return found
+
+    def to(self, device: torch.device) -> Selection:
+        """Itself where it is there already."""
+        if self.level.device == device:
+            return self
+        moved = (None if t is None else t.to(device) for t in (self.level, self.scale, self.center))
+        return Selection(*moved)  # type: ignore[arg-type]
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + bias, where a token that is read alone takes the channels of its `Selection`; inference only.
+
+    Prompts (more than one token of a sequence at once) are read densely. The weight is `[N, K]` as that of
+    torch.nn.Linear, but a channel's outputs lie side by side in memory: the one copy serves both ways.
+
+    Args:
+        weight: `[K, N]`, outputs adjacent; may be a part of a wider matrix.
+        bias: `[N]`, or None.
+        selection: which channels a token takes.
+
+    >>> layer = SparseLinear(torch.tensor([[1.0], [10.0]]), None, Selection(torch.tensor([0.5])))
+    >>> layer(torch.tensor([[[0.4, 2.0]]])).item(), layer(torch.tensor([[[0.4, 2.0]] * 2])).flatten().tolist()
+    (20.0, [20.399999618530273, 20.399999618530273])
+    """
+
+    offset: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, selection: Selection) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.shape
+        self.selection = selection
+        self.meter: Meter | None = None
+        self.weight = nn.Parameter(weight.detach().T, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        offset = None if bias is None else bias.detach()
+        if selection.center is not None:  # W (x - center) + (W center + bias)
+            of_center = (selection.center @ weight.detach().float()).to(weight.dtype)
+            offset = of_center if offset is None else of_center + offset
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 1 and x.shape[-2] > 1:
+            return functional.linear(x, self.weight, self.bias)
+        selected = self.selection(x)
+        self.note(selected)
+        return product(selected, self.weight.T, self.offset, None)
+
+    def note(self, selected: Selected) -> None:
+        """Tells the meter, if there is one, what was read for these rows."""
+        if self.meter is not None:
+            self.meter.add(selected)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        super()._apply(fn, recurse)
+        self.selection = self.selection.to(self.weight.device)
+        return self
+
+    @staticmethod
+    def engine_linear(modules: Sequence[SparseLinear]) -> Linear:
+        """The layers, which share their input, for the decoding loop."""
+        alike = all(module.selection is modules[0].selection for module in modules)
+        return EngineSparse(modules) if alike else SideBySide([EngineSparse([module]) for module in modules])
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def product(selected: Selected, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Selected rows `[.., K]` times weight `[K, N]`; more than MAX_ROWS of them by torch's matrix product."""
+    kept, index, count, _ = selected
+    if kept.shape[:-1].numel() <= MAX_ROWS:
+        out: Tensor = _sparse_linear(kept, weight, index, count, bias, residual)
+        return out
+    many = functional.linear(kept, weight.T, bias)
+    return many if residual is None else many + residual
+
+
+class EngineSparse:
+    """Layers of one input and one selection, as the decoding loop calls them (`scrimp.methods.generation.Linear`).
+
+    Attributes:
+        dense: the same layers with all channels, for prompts.
+    """
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        self.sizes = tuple(layer.out_features for layer in layers)
+        self.layers = list(layers)
+        self.selection = layers[0].selection
+        self.weights = stacked([layer.weight for layer in layers])
+        self.offsets = self._of_weights([layer.offset for layer in layers])
+        self.dense = EngineWhole(self.sizes, self.weights, self._of_weights([layer.bias for layer in layers]))
+
+    def _of_weights(self, biases: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The layers' biases as `weights` are: joined where that is one matrix."""
+        if len(self.weights) == len(biases) or all(bias is None for bias in biases):
+            return list(biases[: len(self.weights)])
+        pairs = zip(self.sizes, biases, strict=True)
+        like = self.weights[0]
+        return [torch.cat([like.new_zeros(size) if bias is None else bias for size, bias in pairs])]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        selected = self.selection(x)
+        for layer in self.layers:
+            layer.note(selected)
+        return _side_by_side(selected, self.weights, self.offsets, residual)
+
+
+class EngineWhole:
+    """The layers of an EngineSparse without any selection, on the same memory."""
+
+    def __init__(self, sizes: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        self.sizes, self.weights, self.biases = sizes, list(weights), list(biases)
+        K, device = weights[0].shape[0], weights[0].device
+        self.index = torch.arange(K, dtype=torch.int32, device=device)
+        self.count = torch.tensor([K], dtype=torch.int32, device=device)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _side_by_side((x, self.index, self.count, x), self.weights, self.biases, residual)
+
+
+def _side_by_side(
+    selected: Selected, weights: Sequence[Tensor], biases: Sequence[Tensor | None], residual: Tensor | None
+) -> Tensor:
+    if len(weights) == 1:
+        return product(selected, weights[0], biases[0], residual)
+    parts = [product(selected, weight, bias, None) for weight, bias in zip(weights, biases, strict=True)]
+    out = torch.cat(parts, -1)
+    return out if residual is None else out + residual
+
+
+def stacked(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Weights `[N_i, K]` as `[K, N_i]` each, or as one `[K, sum N_i]` where they lie side by side in memory."""
+    turned = [weight.T for weight in weights]
+    first, end = turned[0], 0
+    for weight in turned:
+        begin = first.data_ptr() + end * first.element_size()
+        if weight.data_ptr() != begin or weight.stride() != first.stride():
+            return turned
+        end += weight.shape[1]
+    if len(turned) > 1 and first.stride(0) < end:
+        return turned
+    return [first.as_strided((first.shape[0], end), first.stride())]
