@@ -33,7 +33,7 @@ from .rows import origin
 CODES = (256, 1024, 4096, 16384)
 REPAIRS = ("plain", "metric", "singles", "bias", "tuned", "residual")
 BATCH = 512  # states of a training step
-RATE = 1e-3  # Adam's first step size, which falls to 0
+RATE = 1e-4  # Adam's first step size, which falls to 0
 TIMED_S = 0.5
 
 
