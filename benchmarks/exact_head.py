@@ -1,5 +1,6 @@
 """exact_head: bound by reading the screen, which is a fraction of the dense head."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle
@@ -91,32 +92,34 @@ def copies(size: int) -> int:
 
 def check(weight: Tensor, x: Tensor, k: int, got: tuple[Tensor, Tensor, Tensor]) -> None:
     """The logits and ids are those of the dense head."""
-    if wrong := differing(weight, x, k, got):
+    if wrong := differing(scrimp.ops.linear(x, weight), k, got):
         raise AssertionError(f"{wrong} of {len(x)} hidden states have other logits or ids than the dense head gives")
 
 
-def differing(weight: Tensor, x: Tensor, k: int, got: tuple[Tensor, Tensor, Tensor]) -> int:
-    """Hidden states whose k largest logits or ids are not those of the dense head."""
-    dense, (values, ids, _) = scrimp.ops.linear(x, weight), got
+def differing(dense: Tensor, k: int, got: tuple[Tensor, Tensor, Tensor]) -> int:
+    """Hidden states whose k largest logits or ids are not those of the dense head's logits."""
+    values, ids, _ = got
     same = (values == dense.topk(k).values) & (values == dense.gather(1, ids))
     in_order = (values[:, 1:] < values[:, :-1]) | (ids[:, 1:] > ids[:, :-1])  # of equal logits the lower id first
     first = ids[:, 0] == (dense == values[:, :1]).int().argmax(1)
     return int((~(same.all(-1) & in_order.all(-1) & first)).sum())
 
 
-def compared(weight: Tensor, screen: HeadScreen, states: Tensor, k: int) -> tuple[int, Tensor]:
-    """Hidden states whose top-k differs from the dense head's in a bit, and the rows computed for each state."""
-    wrong, scored = 0, []
+def compared(weight: Tensor, screen: HeadScreen, states: Tensor, ks: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """For each k the states whose top-k differs from the dense head's in a bit, and the rows computed for each."""
+    wrong, scored = [0 for _ in ks], [[torch.empty(0, dtype=torch.int32)] for _ in ks]
     for part in states.split(MAX_ROWS):
-        got = scrimp.ops.exact_head(part, weight, screen, k)
-        wrong += differing(weight, part, k, got)
-        scored.append(got[2])
-    return wrong, torch.cat(scored)
+        dense = scrimp.ops.linear(part, weight)
+        for i, k in enumerate(ks):
+            got = scrimp.ops.exact_head(part, weight, screen, k)
+            wrong[i] += differing(dense, k, got)
+            scored[i].append(got[2])
+    return list(zip(wrong, map(torch.cat, scored), strict=True))
 
 
 def counts(weight: Tensor, screen: HeadScreen, states: Tensor, k: int) -> dict[str, float]:
     """Of some hidden states: mismatches, the share that fell back, the rows computed (median)."""
-    wrong, scored = compared(weight, screen, states[:CHECKED], k)
+    ((wrong, scored),) = compared(weight, screen, states[:CHECKED], [k])
     rate = float((scored == len(weight)).float().mean())
     return {"mismatches": wrong, "fallback_rate": rate, "scored": int(scored.median())}
 

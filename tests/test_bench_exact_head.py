@@ -70,3 +70,6 @@ def test_count(model: Any) -> None:
     assert (one["k"], one["states"], one["mismatches"], one["fallback_rate"]) == (1, 48, 0, 0)
     assert one["scored"] < many["scored"]
     assert many["mismatches"] == 0
+    row = exact_head_count.texts(model, IDS, screen, 5)
+    assert row == {"prompts": 2, "tokens": 10, "mismatches": 0, "fallback_rate": 0}
+    assert type(model.lm_head) is torch.nn.Linear

@@ -94,6 +94,10 @@ def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("one step takes") for line in lines)
     assert any(line.split()[0] == "linear" and line.split()[-2] == "9" for line in lines)
+    assert cli.main([*asked, "--prompt", "Hello", "--raw", "--head", "exact", "--split"]) == 0
+    said = capsys.readouterr()
+    assert said.out == expected + "\n"
+    assert any(line.split()[0] == "exact_head" and line.split()[-2] == "1" for line in said.err.splitlines())
 
 
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     chosen = scrimp.ops.channel_select(torch.randn(5, 70).to(dtype), 0.7)
     args = (chosen[0], torch.randn(70, 33).to(dtype), *chosen[1:3], None, None)
     assert_matches_oracle(OPS["sparse_linear"].call(*args), OPS["sparse_linear"].reference, *args)
+head = (torch.randn(3, 70), torch.randn(20, 70), torch.randint(20, (2, 133), dtype=torch.int32), torch.randn(133))
+for dtype in (torch.float32, torch.bfloat16):
+    args = [a.to(dtype) if a.is_floating_point() else a for a in head]
+    assert_matches_oracle(OPS["vq_logits"].call(*args), OPS["vq_logits"].reference, *args)
+numbers = (torch.tensor([0.0, 5.0, 9.0]), torch.arange(3), torch.arange(3), 90, 0.9, 0.01)
+args = (*(a.round() for a in head), *numbers)  # of integers, whose sums are exact
+assert torch.equal(OPS["vq_sample"].call(*args), OPS["vq_sample"].reference(*args))
 found = scrimp.ops.vertical_slash_index(q, k, torch.tensor([8, 0]).int(), torch.tensor([5, 9]).int())
 found.validate()
 print("ran on", isa.rstrip(")"))

@@ -69,7 +69,7 @@ struct NibbleSums {
 #else
     const ShortVec even = (ShortVec)((UShortVec)u & 0xff) * ((ShortVec)((UShortVec)s << 8) >> 8);
     const ShortVec odd = (ShortVec)((UShortVec)u >> 8) * ((ShortVec)s >> 8);
-    return (IntVec)((ShortVec)part + even + odd);
+    return (IntVec)((UShortVec)part + (UShortVec)even + (UShortVec)odd);  // lanes without an output may overflow
 #endif
   }
   SCRIMP_INLINE static IntVec finish(IntVec sum, IntVec part) { return sum + widen((ShortVec)part); }

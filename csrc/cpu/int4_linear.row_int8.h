@@ -11,7 +11,7 @@ namespace scrimp::SCRIMP_ISA {
 namespace {
 
 constexpr int kVectorColumns = 8 * kLanes;  // columns of a vector of codes
-constexpr int64_t kAhead = 8192;            // bytes from a code that is read to the one that is fetched
+constexpr int64_t kAhead = 4096;            // bytes from a code that is read to the one that is fetched
 
 // Whether x is packed for, and multiplied by, what follows.
 SCRIMP_INLINE bool by_rows(const Int4Rows& x) { return x.int8 && x.rows == 1; }

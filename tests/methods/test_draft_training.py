@@ -175,10 +175,14 @@ def test_generated_texts_begin_as_given() -> None:
     assert not torch.equal(found[0], given[0])
 
 
-def test_windows_are_refused() -> None:
+def test_models_that_are_refused() -> None:
     config = MistralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=1, sliding_window=8)
     with pytest.raises(ValueError, match=r"drafts cannot be trained for .*: some of its layers have windows"):
         FrozenModel(MistralForCausalLM(config))
+    eager = llama()
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa', but the model has 'eager'"):
+        FrozenModel(eager)
 
 
 def test_no_rows_give_no_shares() -> None:

@@ -10,6 +10,7 @@ from ..demo.model import named_model
 from ..loading import load
 from ..methods.generation import KVCache, Settings, decoder_model, stream
 from ..methods.generation.split import STEPS, measure
+from ..methods.heads import compress_head
 from . import common
 
 
@@ -23,6 +24,8 @@ def main(arguments: argparse.Namespace) -> int:
     text = _prompt(arguments)
     with common.threads(arguments.threads):
         model, tokenizer = load(named_model(arguments.model), arguments.dtype)
+        if arguments.head is not None:
+            compress_head(model, arguments.head)
         view = decoder_model(model)
         tokens = _tokens(tokenizer, text, arguments.raw)
         settings = _settings(arguments, model)
@@ -85,5 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--prefill", default="panels", choices=("panels", "rows"), help="how to read the prompt")
+    parser.add_argument(
+        "--head", choices=("exact",), help="find the best tokens by a screen of the head: the same text"
+    )
     parser.add_argument("--split", action="store_true", help="then say where a decoding step's time goes")
     common.add_arguments(parser)

@@ -37,7 +37,7 @@ def read(path: str | Path, name: str, version: int, limit: int) -> tuple[dict[st
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(name, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a file of {words}, or damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != name:
         raise ValueError(f"{path}: not a file of {words}")

@@ -131,7 +131,7 @@ def tree_attention(
 
     Raises:
         ValueError: a shape, device, dtype or scale that does not fit, with the value.
-        RuntimeError: a prefix or ancestor bits out of range (ValueError by the reference).
+        RuntimeError: a prefix or ancestor bits out of range (ValueError by the reference). Kernels of a GPU clamp both.
 
     Source: tree attention of SpecInfer (2305.09781) and Medusa (2401.10774); splits as in Flash-Decoding.
 

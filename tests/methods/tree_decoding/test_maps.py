@@ -110,10 +110,11 @@ def damaged(path: Path, fault: str) -> Path:
             "version": {"version": 2},
             "no hash": {"weight_hash": None},
             "offsets": {"offsets": [2, 3]},
-            "layer": {"layer": "x"},
+            "layer": {"layer": float("inf")},
             "kind": {"kind": "eagle"},
         }
         header |= changes.get(fault, {})
+        words = "[" * 100_000 if fault == "nested" else json.dumps(header)
         if fault == "not finite":
             tensors["bias"][0, 0] = torch.inf
         elif fault == "no bias":
@@ -122,7 +123,7 @@ def damaged(path: Path, fault: str) -> Path:
             tensors["bias"] = tensors["bias"][:2].clone()
         elif fault == "dtype":
             tensors["weight"] = tensors["weight"].half()
-        save_file(tensors, path, metadata={"other" if fault == "other format" else FORMAT: json.dumps(header)})
+        save_file(tensors, path, metadata={"other" if fault == "other format" else FORMAT: words})
     return path
 
 
@@ -135,7 +136,8 @@ def damaged(path: Path, fault: str) -> Path:
         ("version", "version 2 of draft maps; this scrimp reads 1"),
         ("no hash", "has no weight hash"),
         ("offsets", r"offsets \[2, 3\] are not \[2, 3, 4\]"),
-        ("layer", "do not fit: invalid literal"),
+        ("layer", "layer=inf is not a number of layers"),
+        ("nested", "not a file of draft maps, or damaged"),
         ("kind", "kind='eagle' is not 'hidden' or 'medusa'"),
         ("not finite", "bias holds numbers that are not finite"),
         ("no bias", "do not fit: 'bias'"),

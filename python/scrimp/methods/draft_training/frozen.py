@@ -45,13 +45,17 @@ class FrozenModel:
     """The model's own modules, with parameters that take no gradients any more.
 
     Raises:
-        ValueError: the decoding loop does not know the model, or some of its layers have windows.
+        ValueError: the decoding loop does not know the model, some of its layers have windows, or its attention is not
+            torch's own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.view = decoder_model(model)
         if any(layer.window for layer in self.view.layers):
             raise ValueError(f"drafts cannot be trained for {self.view.name}: some of its layers have windows")
+        attention = getattr(model.config, "_attn_implementation", None)
+        if attention != "sdpa":  # others read a missing mask in other ways
+            raise ValueError(f"drafts are trained with attn_implementation='sdpa', but the model has {attention!r}")
         model.requires_grad_(False).eval()
         parts: Any = model
         self._base, self._head = parts.model, parts.lm_head

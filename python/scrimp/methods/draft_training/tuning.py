@@ -126,7 +126,7 @@ class Tuner:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state[moment] = torch.zeros_like(each).copy_(tensors[f"{name}.{moment}"])
                 self._optimizer.state[each] = state
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{file}: the header and the tensors of the training do not fit: {error}") from error
         self.step, self.seconds = step, seconds
 

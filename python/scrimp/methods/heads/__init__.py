@@ -2,5 +2,8 @@
 
 from .compress import METHODS, compress_head
 from .exact import ExactHead
+from .vq import VQLogitsHead
+from .vq_loss import vq_cross_entropy
+from .vq_training import VQTraining
 
-__all__ = ["METHODS", "ExactHead", "compress_head"]
+__all__ = ["METHODS", "ExactHead", "VQLogitsHead", "VQTraining", "compress_head", "vq_cross_entropy"]

@@ -57,8 +57,8 @@ class DraftMaps:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"DraftMaps: kind={self.kind!r} is not 'hidden' or 'medusa'")
-        if self.layer < 0:
-            raise ValueError(f"DraftMaps: layer={self.layer} must not be negative")
+        if not isinstance(self.layer, int) or self.layer < 0:
+            raise ValueError(f"DraftMaps: layer={self.layer!r} is not a number of layers")
         shape = self.weight.shape
         if len(shape) != 3 or 0 in shape or shape[1] != shape[2] or self.bias.shape != shape[:2]:
             raise ValueError(
@@ -124,7 +124,7 @@ class DraftMaps:
         try:
             maps = cls(
                 kind=header["kind"],
-                layer=int(header["layer"]),
+                layer=header["layer"],
                 weight=tensors["weight"],
                 bias=tensors["bias"],
                 weight_hash=header["weight_hash"],
