@@ -45,7 +45,8 @@ def test_the_loop_and_stock_generate_agree(family: str, method: str, calibrated:
     with metered(model) as usage:
         found = tokens(model)
     assert found == stock(model, 12)
-    assert all(layer.sparsity > 0.2 and layer.bytes_saved > 0 for layer in usage.layers())
+    assert 0.3 < usage.dropped < 0.7
+    assert all(layer.bytes_saved > 0 for layer in usage.layers())
     assert found != tokens(calibrated(family)[0])
 
 

@@ -43,7 +43,7 @@ def test_greedy_keeps_to_the_budget_and_errs_less(sparsity: float, method: str, 
 def test_tokens_drop_what_was_asked_for(method: str, calibrated: Calibrated, text: Tensor) -> None:
     """Over the calibration text, read token by token."""
     model, calibration = calibrated("llama")
-    report = scrimp.sparsify(model, calibration, 0.4, method)
+    report = scrimp.sparsify(model, calibration, 0.4, method, "uniform")
     assert [layer.sparsity for layer in report.layers] == [0.4] * 8
     assert "40.0%" in str(report)
     with metered(model) as usage, torch.no_grad():

@@ -49,8 +49,8 @@ def sparsify(
     model: nn.Module,
     calibration: Calibration,
     sparsity: float = 0.5,
-    method: str = "wina",
-    allocation: str = "uniform",
+    method: str = "wina-centred",
+    allocation: str = "greedy",
 ) -> Report:
     """Replaces a model's linear layers by `SparseLinear`, in place; the head stays dense.
 
