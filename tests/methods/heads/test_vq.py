@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import scrimp
 from scrimp.methods.heads import VQLogitsHead, VQTraining, vq_build, vq_cross_entropy
+from scrimp.methods.heads.exact import hidden_states
 from scrimp.ops import vq_logits, vq_sample
 
 V, D, K = 400, 16, 50
@@ -155,6 +156,20 @@ def test_in_a_model(tiny: Callable[[str], PreTrainedModel]) -> None:
         assert texts[0] == texts[1]
     stock = model.generate(ids, max_new_tokens=12, do_sample=False)[0, 5:].tolist()
     assert stock == scrimp.generate(model, [3, 1, 4, 1, 5], max_new_tokens=12).tokens
+
+
+def test_compress_head(tiny: Callable[[str], PreTrainedModel]) -> None:
+    model, tokens = copy.deepcopy(tiny("llama")), torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    weight, states = model.lm_head.weight.detach(), hidden_states(model, tokens)
+    head = scrimp.compress_head(model, "vq", codes=20, tokens=tokens, levels=2)
+    counts = torch.bincount(tokens[0], minlength=len(weight))
+    wanted = VQLogitsHead.from_head(weight, 20, counts=counts, states=states, levels=2)
+    assert model.get_output_embeddings() is head
+    assert repr(head) == repr(wanted)
+    assert torch.equal(head(states), wanted(states))
+    assert len(scrimp.generate(model, tokens[0].tolist(), max_new_tokens=4).tokens) == 4
+    with pytest.raises(ValueError, match="head is a VQLogitsHead"):
+        scrimp.compress_head(model, "vq", codes=20)
 
 
 C, M = torch.zeros(5, 8), torch.zeros(9, dtype=torch.int32)

@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .exact import dense_head, exact_head
+from .exact import dense_head, exact_head, hidden_states
+from .vq import VQLogitsHead
 
-METHODS: dict[str, Callable[..., nn.Module]] = {"dense": dense_head, "exact": exact_head}  # (model, **options)
+
+def vq_head(model: nn.Module, codes: int, tokens: Tensor | None = None, **options: Any) -> VQLogitsHead:
+    """The `VQLogitsHead` of a model (see `compress_head`)."""
+    weight = dense_head(model).weight
+    if tokens is not None:
+        options["states"] = hidden_states(model, tokens)
+        options["counts"] = torch.bincount(tokens.flatten(), minlength=len(weight))
+    return VQLogitsHead.from_head(weight, codes, **options)
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {  # (model, **options)
+    "dense": dense_head,
+    "exact": exact_head,
+    "vq": vq_head,
+}
 
 
 def compress_head(model: nn.Module, method: str = "exact", **options: Any) -> nn.Module:
@@ -19,16 +35,19 @@ def compress_head(model: nn.Module, method: str = "exact", **options: Any) -> nn
     |---|---|---|
     | "exact" | `ExactHead`: the same tokens; a screen of few bits beside the weight | `tokens`, `wide` |
     | "dense" | nn.Linear: undoes "exact" | |
+    | "vq" | `VQLogitsHead`: an approximation by a codebook, other tokens | `codes`, `tokens`, those of `from_head` |
 
-    The weight stays the parameter that it was, tied to the embedding or not: what `parameters`, `state_dict` and
-    `save_pretrained` give does not change.
+    But for "vq" the weight stays the parameter that it was, tied to the embedding or not: what `parameters`,
+    `state_dict` and `save_pretrained` give does not change. A "vq" head has parameters of its own; a tied embedding
+    keeps the weight, and nothing here brings the dense head back.
 
     Args:
         model: of transformers.
         method: one of the table's.
         **options: for "exact": `tokens`, int64 `[B, n]` of typical text (about 2,000 in all are enough), which the
             model reads to find a basis in which fewer bits suffice (without any the screen has 8 bits throughout);
-            `wide`, as in `HeadScreen.build`.
+            `wide`, as in `HeadScreen.build`. For "vq": `codes`, rows of the codebook; `tokens` of typical text, whose
+            frequencies and hidden states make it much better; what `VQLogitsHead.from_head` takes.
 
     Raises:
         ValueError: an unknown method, a head that the method cannot take, or options that do not fit.

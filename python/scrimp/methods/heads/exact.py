@@ -157,9 +157,9 @@ def dense_head(model: nn.Module) -> nn.Linear:
         plain.weight = head.weight
         return plain.train(head.training)
     if type(head) is not nn.Linear:
-        raise ValueError(f"compress_head: the model's head is a {type(head).__name__}; only nn.Linear can be screened")
+        raise ValueError(f"compress_head: the model's head is a {type(head).__name__}; only nn.Linear can be replaced")
     if head.bias is not None:
-        raise ValueError("compress_head: the model's head has a bias, which the screen does not bound")
+        raise ValueError("compress_head: the model's head has a bias, which no method takes")
     return head
 
 
