@@ -18,6 +18,12 @@ CODE = (
 )
 
 
+def test_builds_share_a_worker(request: pytest.FixtureRequest) -> None:
+    """They write one folder."""
+    in_groups = request.config.getoption("loadgroup", False)
+    assert request.node.nodeid.endswith("@install") or not in_groups
+
+
 def run(*command: str | Path, status: int = 0, **environment: str) -> str:
     result = subprocess.run(
         [str(part) for part in command],
