@@ -42,6 +42,7 @@ void pack_lanes(const CodebookSearch& s, const T* codebook, int64_t code, int64_
   for (int64_t d = 0; d < s.width; d += kLanes) {
     Vec block[kLanes];
     for (int i = 0; i < kLanes; ++i) {
+      __builtin_prefetch(from + (kLanes + i) * s.codebook_stride + d);  // rows are short for the hardware to foresee
       block[i] = i < count ? load_first(from + i * s.codebook_stride + d, s.width - d) : Vec{};
     }
     transpose(block);
