@@ -1,6 +1,8 @@
 """codebook_topk against its reference and its contract."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,6 +231,22 @@ def test_zero_size(name: str, lead: tuple[int, ...], G: int, D: int) -> None:
         best = bias.topk(2)
         assert torch.equal(index, best.indices.int().expand(index.shape))
         assert torch.equal(scores, best.values.expand(scores.shape))
+
+
+def test_the_scores_are_never_stored() -> None:
+    """The peak of memory besides the results is below a twentieth of the matrix of scores."""
+    x, codebook = torch.randn(4096, 16), torch.randn(10_000, 16)
+
+    def kib(name: str) -> int:
+        found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found
+        return int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kib("VmRSS")
+    results = scrimp.ops.codebook_topk(x, codebook, 8)
+    own = sum(result.nbytes for result in results) / 1024
+    assert kib("VmHWM") - before - own < 4 * 4096 * 10_000 / 1024 / 20
 
 
 def test_python_threads_do_not_disturb_each_other() -> None:

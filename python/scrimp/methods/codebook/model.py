@@ -20,7 +20,7 @@ PLACES = ("block", "attention", "mlp", "heads")
 
 def add_codebooks(
     model: nn.Module,
-    where: str | Sequence[str] = "attention",
+    where: str | Sequence[str] = "heads",
     *,
     codes: int = 10_000,
     k: int = 8,
@@ -37,7 +37,7 @@ def add_codebooks(
     |---|---|
     | "block" | the hidden states that a decoder layer returns |
     | "attention", "mlp" | what these parts of a layer add to the hidden states |
-    | "heads" | each head's output, before attention's last projection, by a codebook of its own |
+    | "heads" | each head's output, before attention's last projection, by a codebook of its own; as published |
     | names of modules | what these return |
 
     The layers run wherever the model's modules do, in stock generate and in training; `scrimp.generate`, which does not
