@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,12 +78,13 @@ def problem(kind: str, rows: int) -> Problem:
         eos=(),
         weights=(),
     )
+    models = {packing: replace(model, packing=packing) for packing in (True, False)}
     keys, values = ([torch.randn(1, G, SLOTS, D).to(KINDS[kind]) for _ in range(LAYERS)] for _ in range(2))
     x = torch.randn(1, rows, WIDTH).to(KINDS[kind])
     start = torch.tensor([CACHED], dtype=torch.int32)
 
-    def call(packed: bool) -> Tensor:
-        return through(model, keys, values, x, start, range(LAYERS), packed=packed)
+    def call(packing: bool) -> Tensor:
+        return through(models[packing], keys, values, x, start, range(LAYERS))
 
     weights = [linear for one in layers for linear in (one.qkv, one.o, one.gate_up, one.down)]
     tensors = [tensor for linear in weights for part, _ in linear.pack() for tensor in part if tensor is not None]
@@ -90,10 +92,10 @@ def problem(kind: str, rows: int) -> Problem:
     cached = 2 * LAYERS * G * D * (CACHED + rows) * x.element_size()
     return Problem(
         inputs=(x,),
-        ours=lambda: call(packed=True),
-        check=lambda got: check(got, call(packed=False)),
+        ours=lambda: call(packing=True),
+        check=lambda got: check(got, call(packing=False)),
         work=Work(bytes=sum(tensor.nbytes for tensor in tensors) + cached, flops=2.0 * rows * numbers),
-        own={"self-ops": lambda: call(packed=False)},
+        own={"self-ops": lambda: call(packing=False)},
     )
 
 

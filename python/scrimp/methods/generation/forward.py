@@ -105,18 +105,14 @@ def through(
     prefix: Tensor | None = None,
     positions: Tensor | None = None,
     ancestors: Tensor | None = None,
-    packed: bool = True,
 ) -> Tensor:
-    """New rows `[B, T, d]` through some of the layers only; the rest as in `rows`.
-
-    Unless `packed` is False, layers that one call can compute (`DecoderModel.packed`) are; the bits are the same.
-    """
+    """New rows `[B, T, d]` through some of the layers only; the rest as in `rows`."""
     if positions is None:
         positions = start[:, None]
         if x.shape[1] > 1:
             positions = positions + torch.arange(x.shape[1], dtype=torch.int32, device=start.device)
     seen = start if prefix is None else prefix
-    if packed and (together := model.packed(layers)):
+    if together := model.packed(layers):
         caches = [keys[i] for i in layers], [values[i] for i in layers]
         return together(x, *model.positions.tables(keys[0].shape[2]), positions, start, seen, ancestors, *caches)
     scale = model.scale

@@ -91,6 +91,7 @@ class DecoderModel:
         context: positions that the model was made for.
         eos: token ids that end a text.
         weights: every parameter and buffer with its address and version, to tell whether they are still the same.
+        packing: whether layers may be computed by one call where there is one; the bits are the same.
     """
 
     name: str
@@ -107,6 +108,7 @@ class DecoderModel:
     context: int
     eos: tuple[int, ...]
     weights: tuple[tuple[Tensor, int, int], ...]
+    packing: bool = True
 
     @cached_property
     def for_prompts(self) -> DecoderModel:
@@ -124,8 +126,8 @@ class DecoderModel:
         which = tuple(layers)
         if which not in self._packed:
             parts = [pack(self.layers[i]) for i in which]
-            known = [part for part in parts if part is not None] if self.device.type == "cpu" else []
-            whole = len(known) == len(which)
+            known = [part for part in parts if part is not None]
+            whole = self.packing and self.device.type == "cpu" and len(known) == len(which)
             self._packed[which] = PackedLayers(known, self.heads, self.activation, self.scale) if whole else None
         return self._packed[which]
 
