@@ -2,6 +2,7 @@
 
 from .channel_select import channel_select
 from .codebook_topk import codebook_topk
+from .decoder_layers import decoder_layers
 from .exact_head import exact_head
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
@@ -22,6 +23,7 @@ from .vq_sample import vq_sample
 __all__ = [
     "channel_select",
     "codebook_topk",
+    "decoder_layers",
     "exact_head",
     "gelu_mul",
     "int4_linear",
