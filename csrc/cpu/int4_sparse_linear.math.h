@@ -1,5 +1,9 @@
 // int4_sparse_linear, the arithmetic of its two modes: sums of R rows x 8 vectors of outputs over a span of channels,
-// and what a finished block adds to the totals. Lane j of vector i stands for output 16 i + j of a tile.
+// and what a finished block adds to the totals.
+//
+// Byte 16 a + 4 r + i of a tile's 64 holds the codes of outputs 16 (2 r + h) + 4 a + i, in its nibbles h = 0 and 1. So
+// four channels whose bytes are interleaved have 16, 8 or 4 neighbouring outputs in their lanes, whatever the width of
+// a vector.
 #pragma once
 
 #include "common/int4_codes.h"
@@ -12,6 +16,44 @@ namespace {
 
 constexpr int kVectors = 8;  // vectors of outputs whose codes are one vector
 
+// Elements of a and b in turn, from the lower or the upper half of each 16 bytes.
+#if defined(__AVX512BW__)
+#define SCRIMP_INTERLEAVE(name, size, intrinsic, ...) \
+  SCRIMP_INLINE BitsVec name(BitsVec a, BitsVec b) { return (BitsVec)_mm512_##intrinsic##size((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+#define SCRIMP_INTERLEAVE(name, size, intrinsic, ...) \
+  SCRIMP_INLINE BitsVec name(BitsVec a, BitsVec b) { return (BitsVec)_mm256_##intrinsic##size((__m256i)a, (__m256i)b); }
+#else
+#define SCRIMP_INTERLEAVE(name, size, intrinsic, ...)                               \
+  SCRIMP_INLINE BitsVec name(BitsVec a, BitsVec b) {                                \
+    typedef uint##size##_t Elements __attribute__((vector_size(16)));               \
+    return (BitsVec)__builtin_shufflevector((Elements)a, (Elements)b, __VA_ARGS__); \
+  }
+#endif
+SCRIMP_INTERLEAVE(low_bytes, 8, unpacklo_epi, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+SCRIMP_INTERLEAVE(high_bytes, 8, unpackhi_epi, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+SCRIMP_INTERLEAVE(low_pairs, 16, unpacklo_epi, 0, 8, 1, 9, 2, 10, 3, 11)
+SCRIMP_INTERLEAVE(high_pairs, 16, unpackhi_epi, 4, 12, 5, 13, 6, 14, 7, 15)
+SCRIMP_INTERLEAVE(low_words, 32, unpacklo_epi, 0, 4, 1, 5)
+SCRIMP_INTERLEAVE(high_words, 32, unpackhi_epi, 2, 6, 3, 7)
+#undef SCRIMP_INTERLEAVE
+
+// Bytes of four channels: word r then holds bytes 4 r + i of each 16, in lane i.
+SCRIMP_INLINE void interleave(BitsVec (&w)[4]) {
+  const BitsVec low01 = low_bytes(w[0], w[1]), high01 = high_bytes(w[0], w[1]);
+  const BitsVec low23 = low_bytes(w[2], w[3]), high23 = high_bytes(w[2], w[3]);
+  w[0] = low_pairs(low01, low23), w[1] = high_pairs(low01, low23);
+  w[2] = low_pairs(high01, high23), w[3] = high_pairs(high01, high23);
+}
+
+// Lanes r of vectors i become lanes i of vectors r, in each four.
+SCRIMP_INLINE void turn(BitsVec (&v)[4]) {
+  const BitsVec low02 = low_words(v[0], v[2]), high02 = high_words(v[0], v[2]);
+  const BitsVec low13 = low_words(v[1], v[3]), high13 = high_words(v[1], v[3]);
+  v[0] = low_words(low02, low13), v[1] = high_words(low02, low13);
+  v[2] = low_words(high02, high13), v[3] = high_words(high02, high13);
+}
+
 // Calls body(Int<i>) for every nibble of a word.
 template <class Body>
 SCRIMP_INLINE void for_nibbles(Body body) {
@@ -19,61 +61,47 @@ SCRIMP_INLINE void for_nibbles(Body body) {
   body(Int<4>{}), body(Int<5>{}), body(Int<6>{}), body(Int<7>{});
 }
 
-// Byte t of four words becomes word t.
-SCRIMP_INLINE void turn_bytes(BitsVec (&w)[4]) {
-  const BitsVec even01 = (w[0] & 0x00ff00ffu) | (w[1] << 8 & 0xff00ff00u);
-  const BitsVec odd01 = (w[0] >> 8 & 0x00ff00ffu) | (w[1] & 0xff00ff00u);
-  const BitsVec even23 = (w[2] & 0x00ff00ffu) | (w[3] << 8 & 0xff00ff00u);
-  const BitsVec odd23 = (w[2] >> 8 & 0x00ff00ffu) | (w[3] & 0xff00ff00u);
-  w[0] = (even01 & 0xffffu) | even23 << 16;
-  w[1] = (odd01 & 0xffffu) | odd23 << 16;
-  w[2] = even01 >> 16 | (even23 & 0xffff0000u);
-  w[3] = odd01 >> 16 | (odd23 & 0xffff0000u);
-}
+// What the loops know: copies, so that no store can change them.
+struct Given {
+  const Int4SparsePart p;
+  const Int4SparseRows x;
+  const Int4SparseList list;
 
-// Where a step of the loops is: R rows from `row` on, and the vector of codes that begins `bytes` into the part.
-struct Place {
-  int64_t row, bytes;
+  explicit Given(const Int4SparsePart& part) : p(part), x(*part.x), list(*part.x->list) {}
 };
 
-// Scales or zeros of a group, for the outputs from n on.
-template <class T>
-SCRIMP_INLINE Vec of_group(const Int4SparsePart& p, const T* from, int64_t stride, int64_t group, int64_t n) {
-  return load_first(from + group * stride + n, p.outputs - n);
-}
-
-SCRIMP_INLINE Vec scales_of(const Int4SparsePart& p, int64_t group, int64_t n) {
-  return with_type(p.scale_type, p.scales, [&](auto* from) { return of_group(p, from, p.scales_stride, group, n); });
-}
-
-SCRIMP_INLINE Vec zeros_of(const Int4SparsePart& p, int64_t group, int64_t n) {
-  if (p.byte_zeros) return of_group(p, static_cast<const uint8_t*>(p.zeros), p.zeros_stride, group, n);
-  return with_type(p.scale_type, p.zeros, [&](auto* from) { return of_group(p, from, p.zeros_stride, group, n); });
-}
-
-// Sums of products with codes as fp32; what lies in the lanes are floats.
+// Sums of products with codes as fp32.
 template <bool Book>
-struct ExactMath {
+struct ExactMath : Given {
   using Lanes = Vec;
-  const Int4SparsePart& p;
-  const FloatCodes<Book> codes{p.codebook};
+  const FloatCodes<Book> codes;
 
-  // In the order of the channels, one fused multiply-add after the other: a listed zero changes no bit.
+  explicit ExactMath(const Int4SparsePart& part) : Given(part), codes(part.codebook) {}
+
+  // Adds a span's products for R rows from `row` on, with the codes `bytes` into the part. In the order of the
+  // channels, one fused multiply-add after the other: a listed zero changes no bit.
   template <int R>
-  SCRIMP_INLINE void add(const Int4Span& span, const Place& at, Vec (&sum)[R][kVectors]) const {
-    const int64_t rows = p.x->rows;
-    const int32_t* const channel = p.x->list->channel;
-    const uint8_t* const from = p.codes + at.bytes;
+  SCRIMP_INLINE void add(const Int4Span& span, int64_t bytes, int64_t row, Vec (&sum)[R][kVectors]) const {
     for (int64_t j = 4 * span.first; j < 4 * (span.first + span.quads); ++j) {
-      const BitsVec q = load_bits(from + channel[j] * p.codes_stride);
-      Vec x[R];
-      for_vectors<R, 1>([&](int r, int) { x[r] = broadcast(p.x->values[j * rows + at.row + r]); });
+      const BitsVec q = load_bits(p.codes + bytes + list.channel[j] * p.codes_stride);
+      Vec values[R];
+      for_vectors<R, 1>([&](int r, int) { values[r] = broadcast(x.values[j * x.rows + row + r]); });
       for_nibbles([&](auto nibble) __attribute__((always_inline)) {
         constexpr int I = decltype(nibble)::value;
         const Vec value = codes.template value<I>(q);
-        for_vectors<R, 1>([&](int r, int) { sum[r][I] = fma(value, x[r], sum[r][I]); });
+        for_vectors<R, 1>([&](int r, int) { sum[r][I] = fma(value, values[r], sum[r][I]); });
       });
     }
+  }
+
+  // Puts the sums of a block into the order of the outputs.
+  template <int R>
+  SCRIMP_INLINE void close(Vec (&sum)[R][kVectors]) const {
+    for_vectors<R, 2>([&](int r, int h) {
+      BitsVec v[4] = {(BitsVec)sum[r][h], (BitsVec)sum[r][2 + h], (BitsVec)sum[r][4 + h], (BitsVec)sum[r][6 + h]};
+      turn(v);
+      for_vectors<1, 4>([&](int, int i) { sum[r][2 * i + h] = (Vec)v[i]; });
+    });
   }
 
   // Codes stand for q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
@@ -81,44 +109,55 @@ struct ExactMath {
     total = fma(sum, scale, total);
     if (p.kind == Int4Zeros::none) return total;
     const Vec shift = p.kind == Int4Zeros::shift ? (8.0f - zero) * scale : fma(broadcast(8.0f), scale, zero);
-    return fma(shift, broadcast(p.x->sums[of_row]), total);
+    return fma(shift, broadcast(x.sums[of_row]), total);
   }
 };
 
-// Sums of products of integers, four channels at a time; what lies in the lanes are integers.
+// Sums of products of integers, four channels at a time.
 template <bool Book, class Sums>
-struct Int8Math {
+struct Int8Math : Given {
   using Lanes = IntVec;
-  const Int4SparsePart& p;
-  const ByteCodes<Book> codes{static_cast<const int8_t*>(p.codebook)};
+  const ByteCodes<Book> codes;
+#if defined(SCRIMP_VNNI)
+  static constexpr bool kWholeBytes = !Book;  // sums of whole bytes stand for those of upper nibbles until the end
+#else
+  static constexpr bool kWholeBytes = false;
+#endif
+
+  explicit Int8Math(const Int4SparsePart& part) : Given(part), codes{static_cast<const int8_t*>(part.codebook)} {}
 
   template <int R>
-  SCRIMP_INLINE void add(const Int4Span& span, const Place& at, IntVec (&sum)[R][kVectors]) const {
-    const int64_t rows = p.x->rows;
-    const uint8_t* const from = p.codes + at.bytes;
+  SCRIMP_INLINE void add(const Int4Span& span, int64_t bytes, int64_t row, IntVec (&sum)[R][kVectors]) const {
     IntVec part[R][kVectors];
     for_vectors<R, kVectors>([&](int r, int i) { part[r][i] = Sums::start(sum[r][i]); });
     for (int64_t quad = span.first; quad < span.first + span.quads; ++quad) {
-      const int32_t* const channel = p.x->list->channel + 4 * quad;
       BitsVec q[4];
-      for_vectors<1, 4>([&](int, int i) { q[i] = load_bits(from + channel[i] * p.codes_stride); });
-      turn_bytes(q);
-      IntVec x[R];
-      for_vectors<R, 1>([&](int r, int) { x[r] = broadcast_word(p.x->integers + 4 * (quad * rows + at.row + r)); });
+      for_vectors<1, 4>(
+          [&](int, int i) { q[i] = load_bits(p.codes + bytes + list.channel[4 * quad + i] * p.codes_stride); });
+      interleave(q);
+      IntVec values[R];
+      for_vectors<R, 1>([&](int r, int) { values[r] = broadcast_word(x.integers + 4 * (quad * x.rows + row + r)); });
       for_vectors<1, 4>([&](int, int i) {
-        const BitsVec even = codes.values(q[i]), odd = codes.values(q[i] >> 4);
+        const BitsVec low = codes.values(q[i]), high = kWholeBytes ? q[i] : codes.values(q[i] >> 4);
         for_vectors<R, 1>([&](int r, int) {
-          part[r][2 * i] = Sums::add(part[r][2 * i], even, x[r]);
-          part[r][2 * i + 1] = Sums::add(part[r][2 * i + 1], odd, x[r]);
+          part[r][2 * i] = Sums::add(part[r][2 * i], low, values[r]);
+          part[r][2 * i + 1] = Sums::add(part[r][2 * i + 1], high, values[r]);
         });
       });
     }
     for_vectors<R, kVectors>([&](int r, int i) { sum[r][i] = Sums::finish(sum[r][i], part[r][i]); });
   }
 
+  // A byte is 16 times its upper nibble and its lower one.
+  template <int R>
+  SCRIMP_INLINE void close(IntVec (&sum)[R][kVectors]) const {
+    if constexpr (!kWholeBytes) return;
+    for_vectors<R, 4>([&](int r, int i) { sum[r][2 * i + 1] = (sum[r][2 * i + 1] - sum[r][2 * i]) >> 4; });
+  }
+
   SCRIMP_INLINE Vec term(IntVec sum, int64_t of_row, Vec scale, Vec zero, Vec total) const {
-    const Vec dot = __builtin_convertvector(sum + p.x->starts[of_row], Vec);
-    const Vec of_x = broadcast(p.x->sums[of_row]), factor = broadcast(p.x->scales[of_row]);
+    const Vec dot = __builtin_convertvector(sum + x.starts[of_row], Vec);
+    const Vec of_x = broadcast(x.sums[of_row]), factor = broadcast(x.scales[of_row]);
     if (p.kind == Int4Zeros::shift) return total + SCRIMP_ISA::term<Int4Zeros::shift>(dot, scale, zero, of_x) * factor;
     if (p.kind == Int4Zeros::offset)
       return total + SCRIMP_ISA::term<Int4Zeros::offset>(dot, scale, zero, of_x) * factor;

@@ -16,51 +16,67 @@ constexpr int kSliceBytes = 4 * kLanes;
 
 typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
 
-// Fetches a quad's codes of a tile.
-SCRIMP_INLINE void fetch(const Int4SparsePart& p, int64_t quad, int64_t bytes) {
-  const int32_t* const channel = p.x->list->channel + 4 * quad;
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) __builtin_prefetch(p.codes + channel[i] * p.codes_stride + bytes, 0, 2);
+// The scales and zeros of a group for the outputs of a tile; zeros behind the last one.
+struct Scales {
+  alignas(64) float scale[kInt4Tile], zero[kInt4Tile];
+};
+
+[[gnu::noinline]] void read_scales(const Int4SparsePart& p, int64_t group, int64_t first, Scales& to) {
+  const auto read = [&](auto* from, int64_t stride, float* values) {
+    for (int64_t n = 0; n < kInt4Tile; n += kLanes) {
+      store(values + n, load_first(from + group * stride + first + n, p.outputs - first - n));
+    }
+  };
+  with_type(p.scale_type, p.scales, [&](auto* from) { read(from, p.scales_stride, to.scale); });
+  if (!p.zeros) return;
+  if (p.byte_zeros) return read(static_cast<const uint8_t*>(p.zeros), p.zeros_stride, to.zero);
+  with_type(p.scale_type, p.zeros, [&](auto* from) { read(from, p.zeros_stride, to.zero); });
 }
 
-template <class Math, int R>
-SCRIMP_INLINE void step(const Math& math, const Int4Span& span, const Place& at) {
+// R rows from `row` on take in a span, for the outputs of a slice of a tile.
+template <int R, class Math>
+SCRIMP_INLINE void step(const Math& math, const Int4Span& span, const Scales& scales, int64_t tile, int slice,
+                        int64_t row) {
   const Int4SparsePart& p = math.p;
+  const int64_t begin = slice * kLanes, stride = p.width;
+  float* const held = p.sums + row * stride + tile * kInt4Tile + begin;
+  float* const totals = p.totals + row * stride + tile * kInt4Tile + begin;
   typename Math::Lanes sum[R][kVectors] = {};
-  const int64_t first = at.bytes / 64 * kInt4Tile + at.bytes % 64 / 4;  // output of the first lane
-  const auto held = [&](int r, int i) { return p.sums + (at.row + r) * p.width + first + 16 * i; };
-  if (!span.opens) for_vectors<R, kVectors>([&](int r, int i) { memcpy(&sum[r][i], held(r, i), sizeof(Vec)); });
-  math.template add<R>(span, at, sum);
+  if (!span.opens) {
+    for_vectors<R, kVectors>([&](int r, int i) { memcpy(&sum[r][i], held + r * stride + 16 * i, sizeof(Vec)); });
+  }
+  math.template add<R>(span, tile * 64 + slice * kSliceBytes, row, sum);
   if (!span.closes) {
-    for_vectors<R, kVectors>([&](int r, int i) { memcpy(held(r, i), &sum[r][i], sizeof(Vec)); });
+    for_vectors<R, kVectors>([&](int r, int i) { memcpy(held + r * stride + 16 * i, &sum[r][i], sizeof(Vec)); });
     return;
   }
-  const int64_t group = span.block * p.x->list->block / p.group;
-  for_vectors<1, kVectors>([&](int, int i) {
-    const int64_t n = first + 16 * i;
-    const Vec scale = scales_of(p, group, n), zero = p.zeros ? zeros_of(p, group, n) : Vec{};
-    for_vectors<R, 1>([&](int r, int) {
-      float* const total = p.totals + (at.row + r) * p.width + n;
-      store(total, math.term(sum[r][i], span.block * p.x->rows + at.row + r, scale, zero, load(total)));
-    });
+  math.template close<R>(sum);
+  for_vectors<R, kVectors>([&](int r, int i) {
+    const Vec scale = load(scales.scale + begin + 16 * i), zero = load(scales.zero + begin + 16 * i);
+    float* const total = totals + r * stride + 16 * i;
+    store(total, math.term(sum[r][i], span.block * math.x.rows + row + r, scale, zero, load(total)));
   });
 }
 
 template <class Math>
-void run(const Int4SparsePart& p) {
-  const Math math{p};
-  const Int4SparseRows& x = *p.x;
-  const Int4SparseList& list = *x.list;
-  memset(p.totals, 0, sizeof(float) * x.rows * p.width);
+void run(const Int4SparsePart& part) {
+  const Math math(part);
+  const Int4SparsePart& p = math.p;
+  const Int4SparseList& list = math.list;
+  const int64_t rows = math.x.rows;
+  memset(p.totals, 0, sizeof(float) * rows * p.width);
+  Scales scales = {};
   for (int64_t s = 0; s < list.span_count; ++s) {
-    const Int4Span& span = list.spans[s];
-    const Int4Span& next = list.spans[s + 1 < list.span_count ? s + 1 : s];
-    for (int64_t bytes = 0; bytes < p.width / 2; bytes += 64) {
-      for (int64_t quad = next.first; quad < next.first + next.quads; ++quad) fetch(p, quad, bytes);
+    const Int4Span span = list.spans[s], next = list.spans[s + 1 < list.span_count ? s + 1 : s];
+    for (int64_t tile = 0; tile < p.width / kInt4Tile; ++tile) {
+      if (span.closes) read_scales(p, span.block * list.block / p.group, tile * kInt4Tile, scales);
+      for (int64_t j = 4 * next.first; j < 4 * (next.first + next.quads); ++j) {
+        __builtin_prefetch(p.codes + tile * 64 + list.channel[j] * p.codes_stride, 0, 2);
+      }
       for (int slice = 0; slice < kSlices; ++slice) {
-        for (int64_t row = 0; row < x.rows; row += kTileRows) {
-          with_constant<kTileRows>(x.rows - row, [&](auto rows) {
-            step<Math, decltype(rows)::value>(math, span, {row, bytes + slice * kSliceBytes});
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+          with_constant<kTileRows>(rows - row, [&](auto count) __attribute__((always_inline)) {
+            step<decltype(count)::value>(math, span, scales, tile, slice, row);
           });
         }
       }

@@ -27,15 +27,13 @@ def test_there_and_back(n: int, k: int, group_size: int, kind: str) -> None:
 
 
 def test_nibbles_lie_where_the_docstring_says() -> None:
-    codes = torch.randint(0, 16, (200, 16))
-    turned = Int4Channels.of(Int4Weight.from_codes(codes, torch.ones(200, 1)))
-    words = turned.codes.view(torch.int32).long() & 0xFFFFFFFF  # [K, 32]
-    for output in (0, 1, 15, 16, 127, 128, 199):
+    codes = torch.randint(0, 16, (200, 16), dtype=torch.uint8)
+    turned = Int4Channels.of(Int4Weight.from_codes(codes, torch.ones(200, 1))).codes
+    for output in (0, 1, 4, 15, 16, 31, 32, 127, 128, 199):
         tile, within = divmod(output, 128)
-        i, j = divmod(within, 16)
-        assert torch.equal(words[:, 16 * tile + j] >> 4 * i & 15, codes[output])
-    assert int((words[:, 16:] >> 16).count_nonzero()) > 0  # outputs 192 to 199 are the last
-    assert int((words[:, 16 + 8 :] >> 16).count_nonzero()) == 0
+        r, h, a, i = within // 32, within // 16 % 2, within // 4 % 4, within % 4
+        assert torch.equal(turned[:, 64 * tile + 16 * a + 4 * r + i] >> 4 * h & 15, codes[output])
+    assert int((turned[:, 64:].view(16, 4, 4, 4)[:, :, 3]).count_nonzero()) == 0  # outputs behind the last
 
 
 def test_an_odd_shape_is_refused() -> None:

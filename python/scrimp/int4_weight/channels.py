@@ -17,8 +17,9 @@ from .weight import Int4Weight, ZeroKind
 class Int4Channels:
     """The codes, scales and zeros of an `Int4Weight` `[N, K]`, a channel (column) after the other; no value changes.
 
-    codes        uint8 [K, 64 ceil(N / 128)]: of 128 outputs a channel holds 16 words of 32 bits, little endian; nibble
-                 i (0 the lowest) of word j is the code of output 16 i + j. Codes behind the last output are 0.
+    codes        uint8 [K, 64 ceil(N / 128)]: of 128 outputs a channel holds 64 bytes; byte 16 a + 4 r + i (a, r, i
+                 from 0 to 3) holds the code of output 32 r + 4 a + i in its low nibble and that of output
+                 32 r + 16 + 4 a + i in its high one. Codes behind the last output are 0.
     scales       [K / group_size, N]
     zeros        [K / group_size, N], or None
     codebook, permutation, group_size, zero_kind, in_features: as those of the weight
@@ -27,7 +28,7 @@ class Int4Channels:
     >>> weight = scrimp.Int4Weight.from_codes(torch.arange(16).repeat(2, 1), torch.tensor([[1.0], [0.5]]))
     >>> channels = Int4Channels.of(weight)
     >>> channels, channels.codes[3].nonzero().flatten().tolist(), torch.equal(channels.weight().codes(), weight.codes())
-    (Int4Channels(N=2, K=16, group_size=16, none8), [0, 4], True)
+    (Int4Channels(N=2, K=16, group_size=16, none8), [0, 1], True)
     """
 
     codes: Tensor
@@ -50,10 +51,10 @@ class Int4Channels:
         """The weight, turned: a copy."""
         K, tiles = weight.columns, -(-weight.out_features // TILE)
         codes = torch.nn.functional.pad(weight.codes(), (0, 0, 0, -weight.out_features % TILE))
-        words = codes.view(tiles, 8, 16, K).permute(3, 0, 2, 1)  # [K, tile, word, nibble]
+        pairs = codes.view(tiles, 4, 2, 4, 4, K).permute(5, 0, 3, 1, 4, 2)  # [K, tile, a, r, i, nibble]
         turned = [None if t is None else t.T.contiguous() for t in (weight.scales, weight.zeros)]
         return cls(
-            pack_nibbles(words).reshape(K, tiles * TILE // 2),
+            pack_nibbles(pairs).reshape(K, tiles * TILE // 2),
             turned[0],  # type: ignore[arg-type]
             turned[1],
             weight.codebook,
@@ -111,5 +112,5 @@ class Int4Channels:
 def unpack_channels(codes: Tensor, outputs: int) -> Tensor:
     """Codes of `Int4Channels` -> uint8 `[outputs, K]` of 0 to 15."""
     K, tiles = codes.shape[0], 2 * codes.shape[1] // TILE
-    words = unpack_nibbles(codes.reshape(K, tiles, 16, 4))  # [K, tile, word, nibble]
-    return words.permute(1, 3, 2, 0).reshape(tiles * TILE, K)[:outputs]
+    pairs = unpack_nibbles(codes.reshape(K, tiles, 4, 4, 4, 1))  # [K, tile, a, r, i, nibble]
+    return pairs.permute(1, 3, 5, 2, 4, 0).reshape(tiles * TILE, K)[:outputs]
