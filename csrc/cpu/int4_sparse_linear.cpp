@@ -76,46 +76,58 @@ static const void* data(const OptionalTensor& tensor) { return tensor ? tensor->
 class Int4Listed {
  public:
   Int4Listed(const Int4SparseProblem& p, const int32_t* index, int64_t count) : size_(block_of(p)) {
-    channels_.reserve(count + 3 * (p.K / size_ + 1)), inputs_.reserve(channels_.capacity());
-    if (!p.permutation) {
-      for (int64_t j = 0; j < count; ++j) add(index[j], index[j]);
-    } else {
+    std::vector<int32_t> columns, inputs;
+    if (p.permutation) {
       const auto* order = static_cast<const int32_t*>(p.permutation->data_ptr());
       std::vector<char> wanted(p.inputs);
       for (int64_t j = 0; j < count; ++j) wanted[index[j]] = 1;
       for (int64_t k = 0; k < p.K; ++k) {
-        if (wanted[order[k]]) add(static_cast<int32_t>(k), order[k]);
+        if (wanted[order[k]]) columns.push_back(static_cast<int32_t>(k)), inputs.push_back(order[k]);
       }
+      cut(columns.data(), inputs.data(), static_cast<int64_t>(columns.size()));
+    } else {
+      cut(index, index, count);
     }
-    close();
   }
 
   static int64_t block_of(const Int4SparseProblem& p) { return p.group == p.K ? kInt4Block : p.group; }
-  int64_t quads() const { return static_cast<int64_t>(channels_.size()) / 4; }
+  int64_t quads() const { return quads_; }
   Int4SparseList list() const {
-    return {channels_.data(), inputs_.data(), spans_.data(), static_cast<int64_t>(spans_.size()), size_};
+    return {.channel = channels_.data(),
+            .input = inputs_.data(),
+            .place = places_.data(),
+            .spans = spans_.data(),
+            .span_count = static_cast<int64_t>(spans_.size()),
+            .block = size_};
   }
 
  private:
-  // Of the next channel.
-  void add(int32_t channel, int32_t input) {
-    if (channel / size_ != block_) close();
-    block_ = channel / size_;
-    channels_.push_back(channel), inputs_.push_back(input);
-  }
-
-  // Fills the last quad of the block, and cuts its quads into spans.
-  void close() {
-    while (channels_.size() % 4) channels_.push_back(channels_.back()), inputs_.push_back(-1);
-    for (int64_t first = begin_; first < quads(); first += kInt4SpanQuads) {
-      const int64_t end = std::min(first + kInt4SpanQuads, quads());
-      spans_.push_back({first, end - first, block_, first == begin_, end == quads()});
+  // Columns that ascend, and the input of each.
+  void cut(const int32_t* columns, const int32_t* inputs, int64_t count) {
+    const int64_t most = count + 3 * std::min(count, count ? columns[count - 1] / size_ + 1 : 0);
+    channels_.resize(most), inputs_.resize(most), places_.resize(most);
+    int64_t to = 0;
+    for (int64_t j = 0; j < count;) {
+      const int64_t block = columns[j] / size_, begin = block * size_, end = begin + size_, first = to / 4;
+      for (; j < count && columns[j] < end; ++j, ++to) {
+        channels_[to] = columns[j], inputs_[to] = inputs[j];
+        places_[to] = static_cast<uint8_t>(columns[j] - begin);
+      }
+      for (; to % 4; ++to) {
+        channels_[to] = channels_[to - 1], inputs_[to] = inputs_[to - 1];
+        places_[to] = static_cast<uint8_t>(kInt4Block);
+      }
+      quads_ = to / 4;
+      for (int64_t quad = first; quad < quads_; quad += kInt4SpanQuads) {
+        const int64_t last = std::min(quad + kInt4SpanQuads, quads_);
+        spans_.push_back({quad, last - quad, block, quad == first, last == quads_});
+      }
     }
-    begin_ = quads();
   }
 
-  int64_t size_, block_ = -1, begin_ = 0;
+  int64_t size_, quads_ = 0;
   std::vector<int32_t> channels_, inputs_;
+  std::vector<uint8_t> places_;
   std::vector<Int4Span> spans_;
 };
 

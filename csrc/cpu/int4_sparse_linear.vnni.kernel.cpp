@@ -97,11 +97,11 @@ void finish(const Int4SparsePart& p, const T* bias) {
 
 // ---- rows of x ----
 
-// values[columns] to integers; returns their sum, and their scale in *scale. Both hold whole vectors.
+// values[columns] to integers, which are zeros before; returns their sum, and their scale in *scale. Columns are whole
+// vectors.
 float quantize(const float* values, int64_t columns, int8_t* integers, float* scale) {
   const Steps found = steps_of(values, columns);
   *scale = found.scale;
-  memset(integers, 0, kInt4Block);
   if (!found.usable) return 0.0f;
   Vec sum{};
   for (int64_t k = 0; k < columns; k += kLanes) {
@@ -113,35 +113,32 @@ float quantize(const float* values, int64_t columns, int8_t* integers, float* sc
   return sum_lanes(sum);
 }
 
-// The listed values lie at their places in the block, so that sums do not depend on the list.
+// The listed values lie at their places in the block, so that sums do not depend on the list; fillers read a zero
+// behind it.
 template <class T>
 void pack(const Int4SparseRow& row, const T* x) {
-  const Int4SparseRows& to = *row.to;
-  const Int4SparseList& list = *to.list;
+  const Int4SparseRows to = *row.to;
+  const Int4SparseList list = *to.list;
   for (int64_t s = 0, end; s < list.span_count; s = end) {
     for (end = s + 1; !list.spans[end - 1].closes; ++end) continue;
-    const int64_t block = list.spans[s].block, base = block * list.block, begin = 4 * list.spans[s].first;
-    const int64_t last = 4 * (list.spans[end - 1].first + list.spans[end - 1].quads);
-    float values[kInt4Block] = {};
-    for (int64_t j = begin; j < last; ++j) {
-      if (list.input[j] >= 0) values[list.channel[j] - base] = one(x + list.input[j]);
-    }
-    const int64_t at = block * to.rows + row.row;
+    const int64_t first = list.spans[s].first, last = list.spans[end - 1].first + list.spans[end - 1].quads;
+    const int64_t at = list.spans[s].block * to.rows + row.row;
+    float values[kInt4Block + 1] = {};
+    for (int64_t j = 4 * first; j < 4 * last; ++j) values[list.place[j]] = one(x + list.input[j]);
     if (to.int8) {
-      int8_t integers[kInt4Block];
+      int8_t integers[kInt4Block + 1] = {};
       to.sums[at] = quantize(values, list.block, integers, to.scales + at);
       to.starts[at] = -to.center * static_cast<int32_t>(to.sums[at]);
-      for (int64_t j = begin; j < last; ++j) {
-        const int8_t value = list.input[j] >= 0 ? integers[list.channel[j] - base] : 0;
-        to.integers[4 * (j / 4 * to.rows + row.row) + j % 4] = value;
+      for (int64_t quad = first; quad < last; ++quad) {
+        int8_t* const word = to.integers + 4 * (quad * to.rows + row.row);
+        for (int i = 0; i < 4; ++i) word[i] = integers[list.place[4 * quad + i]];
       }
     } else {
+      values[kInt4Block] = 0.0f;
       Vec sum{};
       for (int64_t k = 0; k < list.block; k += kLanes) sum += load(values + k);
       to.sums[at] = sum_lanes(sum);
-      for (int64_t j = begin; j < last; ++j) {
-        to.values[j * to.rows + row.row] = list.input[j] >= 0 ? values[list.channel[j] - base] : 0.0f;
-      }
+      for (int64_t j = 4 * first; j < 4 * last; ++j) to.values[j * to.rows + row.row] = values[list.place[j]];
     }
   }
 }
