@@ -1,6 +1,7 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
 from .channel_select import channel_select
+from .decoder_layers import decoder_layers
 from .exact_head import exact_head
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
@@ -21,6 +22,7 @@ from .vq_sample import vq_sample
 
 __all__ = [
     "channel_select",
+    "decoder_layers",
     "exact_head",
     "gelu_mul",
     "int4_linear",

@@ -6,14 +6,13 @@ transformers is not imported here: the classes are told by their names and the m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..._registry import OPS
 from .linear import fuse, is_linear
 from .model import DecoderLayer, DecoderModel, Norm, Positions
 
@@ -22,6 +21,14 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+}
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
 }
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 OBSERVERS = "transformers.utils.output_capturing"  # its hooks stay after output_hidden_states and change nothing
@@ -143,15 +150,9 @@ def _layer_faults(layers: Any) -> Iterator[str]:
             yield f"its layers have heads of several kinds: {kinds}"
 
 
-def _activation(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
-    kind = type(module).__name__
-    if kind in ("SiLU", "SiLUActivation"):
-        return OPS["silu_mul"].call
-    tanh = {"GELUTanh": True, "PytorchGELUTanh": True, "NewGELUActivation": True, "GELUActivation": False}.get(kind)
-    if tanh is None:
-        return None
-    call = OPS["gelu_mul"].call
-    return lambda gate, up: call(gate, up, tanh)
+def _activation(module: nn.Module) -> str | None:
+    """As `scrimp.ops.decoder_layers` names it."""
+    return ACTIVATIONS.get(type(module).__name__)
 
 
 def _norm(module: Any) -> Norm:
