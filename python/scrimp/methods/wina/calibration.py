@@ -14,8 +14,8 @@ from ...int4_weight.tensor_file import TensorFiles
 from ..head_patterns import weight_hash
 
 FORMAT = "scrimp.calibration"
-FORMAT_VERSION = 1
-METHODS = ("teal", "wina", "wina-centred")
+FORMAT_VERSION = 2
+METHODS = ("teal", "wina", "wina-centred", "teal-rotated", "wina-rotated", "cats")
 SPARSITIES = (*(0.05 * i for i in range(20)), 0.99)
 
 
@@ -30,6 +30,8 @@ class Group:
         centers: fp32 `[K]`, medians of the input's channels: a few tokens would move means far away.
         levels: fp32 `[METHODS, SPARSITIES]`, above which scores are kept, in units of a token's mean score.
         errors: fp32 `[METHODS, SPARSITIES]`, |Y - Y'| / |Y| of all outputs on calibration text.
+
+    Both are 0 for a method that this group has no part in.
     """
 
     names: tuple[str, ...]
