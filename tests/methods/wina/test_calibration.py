@@ -144,6 +144,17 @@ def test_damaged_files_are_refused(how: str, calibrated: Calibrated, tmp_path: P
         Calibration.load(path)
 
 
+def test_layers_of_a_file_must_be_the_models(calibrated: Calibrated, tmp_path: Path) -> None:
+    model, calibration = calibrated("llama")
+    (first, *rest), second = calibration.layers
+    renamed = replace(first, names=("model.layers.0.self_attn.x_proj", *first.names[1:]))
+    for layers in (((renamed, *rest), second), (calibration.layers[0],)):
+        replace(calibration, layers=layers).save(tmp_path / "file.safetensors")
+        found = Calibration.load(tmp_path / "file.safetensors", model)
+        with pytest.raises(ValueError, match=f"sparsify: the calibration's {len(layers)} layers are not the model's"):
+            scrimp.sparsify(model, found)
+
+
 def test_files_of_another_kind_are_refused(calibrated: Calibrated, tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     calibrated("llama")[1].save(path)

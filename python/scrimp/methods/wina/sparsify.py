@@ -110,8 +110,12 @@ def sparsify(
         raise ValueError(f"sparsify: max_error={max_error} must be above 0")
     if method == "cats" and max_error is not None:
         raise ValueError("sparsify: method='cats' estimates no errors; leave max_error out")
-    groups_of(model, "sparsify")
+    names = groups_of(model, "sparsify")
     calibration.check(model)
+    if (known := [[group.names for group in layer] for layer in calibration.layers]) != names:
+        raise ValueError(
+            f"sparsify: the calibration's {len(known)} layers are not the model's; run scrimp.calibrate on it"
+        )
     report = Report(method, allocation)
     shares = allocate(calibration, method, sparsity, allocation)
     for layer, wanted in zip(calibration.layers, shares, strict=True):
