@@ -17,7 +17,7 @@ from .results import Row, read
 WIDTH, RIGHT, TOP = 760, 90, 44
 ROW_HEIGHT, PLOT_HEIGHT, CHARACTER = 24, 300, 7.5
 TIMES = "\N{MULTIPLICATION SIGN}"
-COLOURS = ("#2b6cdb", "#d9722e", "#2e9e62", "#8a4fc9", "#c03a5b", "#6b7280")
+COLOURS = ("#2b6cdb", "#d9722e", "#2e9e62", "#8a4fc9", "#c03a5b", "#6b7280", "#0f9bb3", "#a07a12")
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1f2933}.small{font-size:11px;fill:#52606d}.title{font-weight:600}"
     ".grid{stroke:#e4e7eb}.even{stroke:#1f2933;stroke-dasharray:4 3}.spread{stroke:#1f2933}"

@@ -32,7 +32,8 @@ VARIANTS = (
     "teal-rotated:greedy",
     "wina:greedy",
     "wina-rotated:greedy",
-    "wina-centred:greedy",
+    "teal:knapsack",
+    "wina:knapsack",
     "wina-centred:knapsack",
 )
 

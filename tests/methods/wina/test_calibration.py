@@ -85,6 +85,31 @@ def test_curves_are_linear_between_their_points() -> None:
     assert between(curve, 0.99) == 20
 
 
+def test_sensitivities_predict_divergence(calibrated: Calibrated, text: Tensor) -> None:
+    """Noise of a known size at the outputs of a group: half its square times the sensitivity, on the whole."""
+    model, calibration = calibrated("qwen2")
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    random, size, predicted, measured = torch.Generator().manual_seed(1), 0.02, [], []
+    with torch.no_grad():
+        dense = model(text).logits[:, 1:].log_softmax(-1)
+        for group in (group for layer in calibration.layers for group in layer):
+
+            def disturb(module: Any, _: Any, output: Tensor) -> Tensor:
+                y = output if module.bias is None else output - module.bias
+                noise = torch.randn(output.shape, generator=random)
+                return output + noise * size * y.norm(dim=-1, keepdim=True) / output.shape[-1] ** 0.5
+
+            hooks = [model.get_submodule(name).register_forward_hook(disturb) for name in group.names]
+            noisy = model(text).logits[:, 1:].log_softmax(-1)
+            for hook in hooks:
+                hook.remove()
+            measured.append(float((dense.exp() * (dense - noisy)).sum(-1).mean()))
+            predicted.append(group.sensitivity * size**2 / 2)
+    ratios = torch.tensor(predicted) / torch.tensor(measured)
+    assert ((ratios > 1 / 3) & (ratios < 3)).all(), ratios
+    assert max(measured) > 5 * min(measured)
+
+
 def test_files(calibrated: Calibrated, tmp_path: Path) -> None:
     model, calibration = calibrated("llama")
     calibration.save(tmp_path / "file.safetensors")
@@ -92,7 +117,7 @@ def test_files(calibrated: Calibrated, tmp_path: Path) -> None:
     assert (found.weight_hash, found.model, found.tokens) == (calibration.weight_hash, "LlamaForCausalLM", 180)
     for mine, theirs in zip(calibration.layers, found.layers, strict=True):
         for a, b in zip(mine, theirs, strict=True):
-            assert (a.names, a.outputs) == (b.names, b.outputs)
+            assert (a.names, a.outputs, a.sensitivity) == (b.names, b.outputs, b.sensitivity)
             assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
@@ -121,6 +146,9 @@ def damaged(header: dict[str, Any], tensors: dict[str, Tensor], how: str) -> str
     if how == "header":
         del header["layers"]
         return "the header of the calibration is damaged: KeyError"
+    if how == "sensitivity":
+        header["layers"][1][2]["sensitivity"] = -1.0
+        return r"gate_proj has sensitivity -1.0; it must be finite and not negative"
     if how == "missing":
         del tensors[f"{first}.levels"]
         return "q_proj.levels': missing"
@@ -131,7 +159,7 @@ def damaged(header: dict[str, Any], tensors: dict[str, Tensor], how: str) -> str
     return r"element \[5\] is nan; it must be finite"
 
 
-@pytest.mark.parametrize("how", ["format", "version", "grid", "header", "missing", "shape", "nan"])
+@pytest.mark.parametrize("how", ["format", "version", "grid", "header", "sensitivity", "missing", "shape", "nan"])
 def test_damaged_files_are_refused(how: str, calibrated: Calibrated, tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     calibrated("llama")[1].save(path)

@@ -150,7 +150,7 @@ def test_a_limit_in_decoding(method: str, calibrated: Calibrated) -> None:
     shares, limits = [], [1.0, 1e-6]
     for limit in limits:
         model, calibration = calibrated("llama")
-        scrimp.sparsify(model, calibration, 0.4, method, max_error=limit)
+        scrimp.sparsify(model, calibration, 0.4, method, "uniform", max_error=limit)
         with metered(model) as usage:
             found = scrimp.generate(model, PROMPT, max_new_tokens=8)
         layers = usage.layers()

@@ -13,7 +13,7 @@ from torch import Tensor
 import scrimp
 from scrimp import Calibration
 from scrimp.methods.wina import ALLOCATIONS, METHODS, SPARSITIES, SparseLinear, metered
-from scrimp.methods.wina.allocation import greedy, hull, knapsack, uniform
+from scrimp.methods.wina.allocation import greedy, hull, knapsack, squared_errors, uniform
 
 Calibrated = Callable[[str], tuple[Any, Calibration]]
 CHOOSING = [method for method in METHODS if method != "cats"]  # those that every linear layer takes part in
@@ -36,7 +36,7 @@ def test_greedy_keeps_to_the_budget_and_errs_less(sparsity: float, method: str, 
         assert mean == pytest.approx(sparsity, abs=1e-6)
 
         def error(found: list[float], groups: Any = layer) -> float:
-            return sum(group.error(method, s) ** 2 for group, s in zip(groups, found, strict=True))
+            return sum(group.sensitivity * group.error(method, s) ** 2 for group, s in zip(groups, found, strict=True))
 
         assert error(shares[index]) <= error(even[index]) * (1 + 1e-6)
 
@@ -54,7 +54,7 @@ def test_the_knapsack_is_the_best_of_all_layers(sparsity: float, method: str, ca
     prices: dict[bool, list[float]] = {True: [], False: []}  # of the steps that were taken, and of the others
     for group, weight, share in zip(groups, weights, shares, strict=True):
         assert 0 <= share <= 0.99 + 1e-9
-        curve = [group.error(method, s) ** 2 for s in SPARSITIES]
+        curve = squared_errors(group, method)
         corners = hull(curve)
         assert corners[0] == 0
         assert corners[-1] == len(SPARSITIES) - 1

@@ -53,7 +53,7 @@ def uniform(calibration: Calibration, method: str, sparsity: float) -> Shares:
 
 
 def greedy(calibration: Calibration, method: str, sparsity: float) -> Shares:
-    """Within each decoder layer, steps go to the group whose squared relative error grows least per weight skipped."""
+    """Within each decoder layer, steps go to the group whose squared error grows least per weight skipped."""
     return [_greedy(layer, method, sparsity) for layer in calibration.layers]
 
 
@@ -80,7 +80,7 @@ def _greedy(layer: tuple[Group, ...], method: str, sparsity: float) -> list[floa
 
 
 def knapsack(calibration: Calibration, method: str, sparsity: float) -> Shares:
-    """The shares of all groups of all layers with the least sum of squared relative errors at this many weights.
+    """The shares of all groups of all layers with the least sum of squared errors at this many weights.
 
     Each curve is replaced by its lower hull, on which steps get dearer; the cheapest of all steps are taken.
     """
@@ -119,8 +119,8 @@ def _slope(curve: Sequence[float], a: int, b: int) -> float:
 
 
 def squared_errors(group: Group, method: str) -> list[float]:
-    """Of a group's outputs at SPARSITIES."""
-    return [group.error(method, s) ** 2 for s in SPARSITIES]
+    """Of a group's outputs at SPARSITIES, relative, by what the model minds."""
+    return [group.sensitivity * group.error(method, s) ** 2 for s in SPARSITIES]
 
 
 ALLOCATIONS: dict[str, Callable[[Calibration, str, float], Shares]] = {

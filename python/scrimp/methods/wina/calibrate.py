@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from .calibration import METHODS, SPARSITIES, Calibration, Group
 from .cats import activation
 from .groups import gated, groups_of, reads_residual
 from .rotation import axes
+from .sensitivity import sensitivities
 
 LEVEL_ROWS = 1024  # inputs of a group from which levels are taken
 ERROR_ROWS = 128  # and those of them on which errors are measured
@@ -24,8 +26,9 @@ ERROR_ROWS = 128  # and those of them on which errors are measured
 def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bool = True) -> Calibration:
     """Measures norms, medians, thresholds and error curves of every linear layer; the sparsity is chosen later.
 
-    Decoder layers are taken one after the other: the inputs of one of them are in memory. The first token of a text
-    takes no part: its activations are unlike all others, and it is always read densely.
+    Decoder layers are taken one after the other: the inputs of one of them are in memory; in the end, for what errors
+    do to the model, the activations of 256 tokens in all layers. The first token of a text takes no part: its
+    activations are unlike all others, and it is always read densely.
 
     Args:
         model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma (1, 2, 3) or Phi (1, 2, 3, 4) with dense weights.
@@ -59,6 +62,8 @@ def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bo
                 for sample in samples:
                     sample.hidden = parts.step(layer, index, sample)
             found.append(tuple(_measure(model, names, inputs) for names in groups[index]))
+    minds = iter(sensitivities(model, groups, texts))
+    found = [tuple(replace(group, sensitivity=next(minds)) for group in layer) for layer in found]
     name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
     return Calibration(tuple(found), weight_hash(model), name, sum(tokens.numel() for tokens in texts))
 

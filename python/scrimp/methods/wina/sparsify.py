@@ -68,7 +68,7 @@ def sparsify(
     calibration: Calibration,
     sparsity: float = 0.5,
     method: str = "wina-centred",
-    allocation: str = "greedy",
+    allocation: str = "knapsack",
     max_error: float | None = None,
 ) -> Report:
     """Replaces a model's linear layers by `SparseLinear`, in place; the head stays dense.
@@ -87,8 +87,8 @@ def sparsify(
             "wina-centred" the same of x less its median over the calibration text, whose product is a bias;
             "teal-rotated", "wina-rotated" what reads the residual stream chooses among orthogonal columns, for which
             each token reads a rotation; "cats" |act(gate)|, for the MLPs' channels only.
-        allocation: "uniform"; "greedy": layers within a decoder layer share its budget by their error curves;
-            "knapsack": all layers of the model do.
+        allocation: "uniform"; "greedy": layers within a decoder layer share its budget by their error curves and what
+            errors do to the model; "knapsack": all layers of the model do.
         max_error: a layer takes all channels of a token for which its estimated relative error would be larger.
 
     Raises:
