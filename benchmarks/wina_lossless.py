@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=4, metavar="N", help="tokens guessed ahead (default 4)")
     parser.add_argument("--sparsity", type=float, default=0.4, metavar="S", help="of the drafts (default 0.4)")
     parser.add_argument("--method", default="wina-centred", choices=METHODS)
-    parser.add_argument("--allocation", default="greedy", choices=ALLOCATIONS)
+    parser.add_argument("--allocation", default="knapsack", choices=ALLOCATIONS)
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="read it instead of measuring one")
