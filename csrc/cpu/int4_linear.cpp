@@ -126,6 +126,9 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const int64_t ordered = chunks * kInt4Chunk, scratch_size = std::max(int4_scratch(rows, blocks), ordered);
   const int64_t scratch = memory.reserve<float>(workers * scratch_size);
   memory.allocate();
+  for (const int64_t padded : {sums, scales}) {  // read with the last block: a denormal there would cost an assist
+    std::fill_n(memory.at<float>(padded) + blocks * rows, kInt4Groups, 0.0f);
+  }
 
   const auto type = *float_type(p.x);
   const Int4Rows packed{.rows = rows,
