@@ -23,6 +23,7 @@ from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrimp.methods.int4.quantize import METHODS
+from scrimp.methods.tree_decoding import LookupDraft, RecyclingDraft
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +54,7 @@ def test_rows(model: Any) -> None:
 
 
 def test_rows_of_trees(model: Any) -> None:
-    problem = e2e.of_model(model, IDS, 8, trees=True)
+    problem = e2e.of_model(model, IDS, 8, trees=lambda: [LookupDraft(), RecyclingDraft()])
     case = Case("e2e", "tiny", torch.float32, {"m": 2}, ("self-plain", "hf"), lambda: problem)
     for row in rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0):
         assert (row["note"], row["profile"]) == ("", "tree")
