@@ -4,15 +4,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "common/check.h"
 #include "common/float_dtype.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "cpu/ops.h"
@@ -81,29 +79,6 @@ struct Problem {
       check_shape("bias", *bias, {N});
     }
   }
-};
-
-// Cuts one allocation into arrays, each on a cache line of its own.
-class Memory {
- public:
-  template <class T>
-  int64_t reserve(int64_t count) {
-    const int64_t at = size_;
-    size_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return at;
-  }
-  void allocate() {
-    data_.reset(static_cast<char*>(std::aligned_alloc(64, size_)));
-    if (!data_) throw std::bad_alloc();
-  }
-  template <class T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(data_.get() + offset);
-  }
-
- private:
-  std::unique_ptr<char, void (*)(void*)> data_{nullptr, std::free};
-  int64_t size_ = 64;
 };
 
 static const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }

@@ -6,6 +6,7 @@ from .decoder_layers import decoder_layers
 from .exact_head import exact_head
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
+from .int4_sparse_linear import int4_sparse_linear
 from .kv_compact import kv_compact
 from .linear import linear
 from .merge_attention import merge_attention
@@ -27,6 +28,7 @@ __all__ = [
     "exact_head",
     "gelu_mul",
     "int4_linear",
+    "int4_sparse_linear",
     "kv_compact",
     "linear",
     "merge_attention",
