@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scrimp.benchmarks import channel_select, measure, rows, sparse_linear
+from scrimp.benchmarks import channel_select, int4_linear, int4_sparse_linear, measure, rows, sparse_linear
 from scrimp.benchmarks.registry import Case
 
 from scrimp.ops.channel_select import RULES
@@ -37,6 +37,25 @@ def test_sparse_linear_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -
     out[2, 39] += 1e-3
     with pytest.raises(AssertionError, match="above the bound"):
         problem.check(out)
+
+
+def test_int4_sparse_linear_rows_and_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (int4_linear, int4_sparse_linear):
+        monkeypatch.setattr(module, "COLD_BYTES", 2**12)
+    monkeypatch.setitem(int4_sparse_linear.SHAPES, "tiny", (40, 256, 32, "uint8"))
+    monkeypatch.setattr(int4_sparse_linear, "WITH_FLOATS", ("tiny",))
+    for choice, mode in (("1-half", "int8"), ("4-half", "exact")):
+        case = int4_sparse_linear.case("tiny", choice, mode, torch.float32)
+        for row in measured(case):
+            assert not row["note"].startswith(rows.FAILURES)
+            assert row["ratio"] > 0
+            assert (row["mode"], row["group_size"]) == (mode, 32)
+        problem = case.make()
+        out = problem.ours()
+        problem.check(out)
+        out[0, 39] += 0.5
+        with pytest.raises(AssertionError, match="above the bound"):
+            problem.check(out)
 
 
 @pytest.mark.parametrize("rule", RULES)
