@@ -1,12 +1,13 @@
 """e2e: the demo model generates greedily, beside Hugging Face's own loops and llama.cpp.
 
 Prompts are texts of the held-out documents; "copy" asks for a text that is mostly in the prompt, the best case of
-prompt lookup. The "tree" cases decode by trees whose sources know nothing but the prompt. The limit: every new token
-reads all weights of the model once.
+prompt lookup. The "tree" cases decode by trees whose sources know nothing but the prompt, those named after a kind of
+trained maps by these too (`draft_maps.py` trains them at the first use). The limit: every new token reads all weights
+of the model once.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -19,8 +20,17 @@ from scrimp.demo import text
 from scrimp.demo.model import demo_model_path
 from scrimp.methods.evaluate import Reader, quality
 from scrimp.methods.generation import DecoderModel, decoder_model
-from scrimp.methods.tree_decoding import CostCurve
+from scrimp.methods.tree_decoding import (
+    CostCurve,
+    DraftMaps,
+    DraftSource,
+    LookupDraft,
+    NgramDraft,
+    RecyclingDraft,
+    trained,
+)
 
+from . import draft_maps
 from .peers import hf
 from .registry import Case, Problem, Work
 
@@ -44,6 +54,7 @@ HEADS = {
     "head-top-50": {"temperature": 0.8, "top_k": 50, "seed": 1},
 }  # how tokens are chosen
 READING = ("tree-copy", "tree-summary")  # their questions are about a text
+TREE_TOKENS = 96  # new ones of a "tree" case
 
 
 def cases() -> list[Case]:
@@ -57,9 +68,14 @@ def cases() -> list[Case]:
         *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
         sparse_case(prompt=64, new=64),
         *(head_case(kind, prompt=64, new=64) for kind in HEADS),
-        *(case(name, FP32, prompt=300, new=96, batch=1, peers=("self-plain", "hf_lookup")) for name in QUESTIONS),
-        case("tree-text", FP32, prompt=64, new=96, batch=1, peers=("self-plain", "hf_lookup")),
-        case("tree-text-batch", FP32, prompt=64, new=96, batch=4, peers=("self-plain",)),
+        *(tree_case(name, "", 300, 1, ("self-plain", "hf_lookup")) for name in QUESTIONS),
+        tree_case("tree-text", "", 64, 1, ("self-plain", "hf_lookup")),
+        tree_case("tree-text-batch", "", 64, 4, ("self-plain",)),
+        *(
+            tree_case(name, kind, 300, 1, ("self-plain", "hf_lookup"))
+            for kind in draft_maps.KINDS
+            for name in QUESTIONS
+        ),
     ]
 
 
@@ -67,6 +83,13 @@ def case(name: str, dtype: torch.dtype, prompt: int, new: int, batch: int, peers
     """One case."""
     shape = {"m": batch, "batch": batch, "n": prompt, "new_tokens": new}
     return Case("e2e", name, dtype, shape, peers, partial(problem, name, dtype, prompt, new, batch))
+
+
+def tree_case(about: str, kind: str, prompt: int, batch: int, peers: tuple[str, ...]) -> Case:
+    """Tree decoding of a kind of text: by the sources that need no training, and by a kind of trained maps if named."""
+    shape = {"m": batch, "batch": batch, "n": prompt, "new_tokens": TREE_TOKENS}
+    name = f"{about}-{kind}" if kind else about
+    return Case("e2e", name, FP32, shape, peers, partial(tree_problem, about, kind, prompt, batch))
 
 
 def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
@@ -133,7 +156,19 @@ def chat(tokenizer: Any, asked: str) -> Tensor:
 def problem(name: str, dtype: torch.dtype, length: int, new: int, batch: int) -> Problem:
     """Inputs, call, check and limit of the demo model."""
     model, tokenizer = loaded(dtype)
-    return of_model(model, prompts(name, tokenizer, length, batch), new, trees=name.startswith("tree-"))
+    return of_model(model, prompts(name, tokenizer, length, batch), new)
+
+
+def tree_problem(about: str, kind: str, length: int, batch: int) -> Problem:
+    """Trees beside plain decoding of the same model."""
+    model, tokenizer = loaded(FP32)
+    maps = DraftMaps.load(draft_maps.path(kind)) if kind else None
+
+    def sources() -> list[DraftSource]:
+        free: list[DraftSource] = [LookupDraft(), NgramDraft(), RecyclingDraft()]
+        return free if maps is None else [*free, trained(maps)]
+
+    return of_model(model, prompts(about, tokenizer, length, batch), TREE_TOKENS, trees=sources)
 
 
 def int4_problem(mode: str, length: int, new: int) -> Problem:
@@ -193,9 +228,14 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
 
 
 def of_model(
-    model: Any, ids: Tensor, new: int, near_tie: float | None = None, trees: bool = False, **choice: Any
+    model: Any,
+    ids: Tensor,
+    new: int,
+    near_tie: float | None = None,
+    trees: Callable[[], Sequence[DraftSource]] | None = None,
+    **choice: Any,
 ) -> Problem:
-    """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; with `trees` by tree decoding.
+    """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; by trees of the sources of `trees`.
 
     Every call starts with fresh sources; the cost curve is measured once. `choice` are settings of the sampling.
     """
@@ -213,7 +253,7 @@ def of_model(
         if trees:
             count = torch.get_num_threads()
             curve = curves[count] = curves.get(count) or CostCurve.measure(view)
-            last[0] = scrimp.tree_decoding(cost=curve)
+            last[0] = scrimp.tree_decoding(*trees(), cost=curve)
         return generate(last[0])
 
     def of_row(row: Mapping[str, Any]) -> dict[str, Any]:

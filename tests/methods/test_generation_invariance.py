@@ -139,9 +139,9 @@ def test_what_is_kept_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     spans: list[tuple[int, int]] = []
     advance = forward.advance
 
-    def watched(cache: KVCache, b: int, tokens: Tensor, first: int, *rest: object) -> Tensor:
+    def watched(cache: KVCache, b: int, tokens: Tensor, first: int, *rest: object, **more: object) -> Tensor:
         spans.append((first, first + tokens.shape[1]))
-        return advance(cache, b, tokens, first, *rest)  # type: ignore[arg-type]
+        return advance(cache, b, tokens, first, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(forward, "advance", watched)
     cache, text = KVCache(model, 1, 1200), prompt(1200, 8)

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 Attend = Callable[[int, DecoderLayer, Tensor, Tensor, Tensor], Tensor]
+Watched = dict[int, Tensor]  # numbers of layers -> states `[B, 1, d]` of the last rows after so many
 
 
 def _layers(
@@ -40,6 +41,7 @@ def _layers(
     values: Sequence[Tensor],
     attend: Attend,
     layers: Iterable[int],
+    watched: Watched | None = None,
 ) -> Tensor:
     """Some layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
     B, T, _ = x.shape
@@ -48,6 +50,8 @@ def _layers(
     parts = [model.heads, model.kv_heads, model.kv_heads]
     split = (B, T, sum(parts), D)
     for i in layers:
+        if watched is not None and i in watched:
+            watched[i] = x[:, -1:]
         layer = model.layers[i]
         q, k, v = layer.qkv(_rms_norm(x, *layer.attention_norm)).view(split).split_with_sizes(parts, 2)
         if layer.q_norm is not None:
@@ -73,6 +77,7 @@ def rows(
     prefix: Tensor | None = None,
     positions: Tensor | None = None,
     ancestors: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> Tensor:
     """T new tokens of each sequence through all layers, row-invariantly; their keys and values enter the cache.
 
@@ -86,12 +91,15 @@ def rows(
         positions: int32 `[B, T]`; start[b] + t unless given.
         ancestors: int64 `[1 or B, T]`, which new tokens each one sees (`scrimp.ops.tree_attention`); all up to itself
             unless given.
+        watched: gets the states of the last tokens after each of its numbers of layers, fewer than all.
 
     Returns:
         `[B, T, d]`, the state before the last norm (`logits` takes it).
     """
     x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
-    return through(model, keys, values, x, start, layers, prefix=prefix, positions=positions, ancestors=ancestors)
+    return through(
+        model, keys, values, x, start, layers, prefix=prefix, positions=positions, ancestors=ancestors, watched=watched
+    )
 
 
 def through(
@@ -105,6 +113,7 @@ def through(
     prefix: Tensor | None = None,
     positions: Tensor | None = None,
     ancestors: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> Tensor:
     """New rows `[B, T, d]` through some of the layers only; the rest as in `rows`."""
     if positions is None:
@@ -120,7 +129,7 @@ def through(
     def attend(_: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _tree_attention(q, k, v, seen, ancestors, layer.window, scale)[0]
 
-    return _layers(model, x, positions, start, keys, values, attend, layers)
+    return _layers(model, x, positions, start, keys, values, attend, layers, watched)
 
 
 def panel(
@@ -130,6 +139,7 @@ def panel(
     tokens: Tensor,
     first: int,
     patterns: HeadPatterns | None = None,
+    watched: Watched | None = None,
 ) -> Tensor:
     """PANEL tokens `[1, PANEL]` of one sequence from position `first` on, by matrix products; deterministic.
 
@@ -154,7 +164,7 @@ def panel(
     start = torch.tensor([first], dtype=torch.int32, device=device)
     positions = torch.arange(first, end, dtype=torch.int32, device=device)[None]
     x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
-    return _layers(model, x, positions, start, keys, values, attend, layers)
+    return _layers(model, x, positions, start, keys, values, attend, layers, watched)
 
 
 def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:
@@ -180,7 +190,14 @@ def logits(model: DecoderModel, state: Tensor, largest: int | None = None) -> Te
 
 @torch.inference_mode()
 def prefill(
-    cache: KVCache, b: int, tokens: Sequence[int], *, panels: bool, patterns: HeadPatterns | None, finish: bool = True
+    cache: KVCache,
+    b: int,
+    tokens: Sequence[int],
+    *,
+    panels: bool,
+    patterns: HeadPatterns | None,
+    finish: bool = True,
+    watched: Watched | None = None,
 ) -> Tensor | None:
     """Reads a prompt into sequence `b` and returns the state `[1, 1, d]` of its last token.
 
@@ -196,6 +213,7 @@ def prefill(
         panels: whether to use panels.
         patterns: sparse attention in panels.
         finish: without it, tokens after the last whole panel are left for a later call, and None is returned.
+        watched: gets the last token's states after each of its numbers of layers, fewer than all.
     """
     model, how = cache.model, patterns
     n = len(tokens)
@@ -217,7 +235,7 @@ def prefill(
     ids = torch.tensor(tokens[done:], dtype=torch.int64, device=model.device)[None]
     state = None
     for first, end in spans(done, grid, n if finish or not panels else grid):
-        state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns)
+        state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns, watched=watched)
         cache.tokens[b].extend(tokens[first:end])
         cache.prompts[b] = end
         if end <= grid:
@@ -242,6 +260,7 @@ def advance(
     whole: bool,
     patterns: HeadPatterns | None = None,
     decoded: bool = False,
+    watched: Watched | None = None,
 ) -> Tensor:
     """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`.
 
@@ -250,6 +269,6 @@ def advance(
     model = cache.model if decoded else cache.model.for_prompts
     keys, values = cache.of_sequence(b)
     if whole:
-        return panel(model, keys, values, tokens, first, patterns)
+        return panel(model, keys, values, tokens, first, patterns, watched)
     start = torch.tensor([first], dtype=torch.int32, device=tokens.device)
-    return rows(model, keys, values, tokens, start)
+    return rows(model, keys, values, tokens, start, watched=watched)

@@ -70,7 +70,7 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
         layers=tuple(_layer(layer, config) for layer in base.layers[: config.num_hidden_layers]),  # type: ignore[union-attr]
         norm=_norm(base.norm),
         head=fuse([model.lm_head]),  # type: ignore[list-item]
-        activation=_activation(base.layers[0].mlp.act_fn),  # type: ignore[arg-type]
+        activation=activation_of(base.layers[0].mlp.act_fn),  # type: ignore[arg-type]
         positions=_rotary(base.rotary_emb),
         heads=config.num_attention_heads,  # type: ignore[union-attr]
         kv_heads=config.num_key_value_heads,  # type: ignore[union-attr]
@@ -143,15 +143,15 @@ def _faults(model: nn.Module, modules: dict[str, nn.Module], tensors: list[Tenso
 def _layer_faults(layers: Any) -> Iterator[str]:
     first = layers[0]
     for layer in layers:
-        if _activation(layer.mlp.act_fn) is None or type(layer.mlp.act_fn) is not type(first.mlp.act_fn):
+        if activation_of(layer.mlp.act_fn) is None or type(layer.mlp.act_fn) is not type(first.mlp.act_fn):
             yield f"its activation {type(layer.mlp.act_fn).__name__} is not SiLU or GELU, or not alike in all layers"
         kinds = [(each.self_attn.head_dim, each.self_attn.scaling) for each in (layer, first)]
         if kinds[0] != kinds[1]:
             yield f"its layers have heads of several kinds: {kinds}"
 
 
-def _activation(module: nn.Module) -> str | None:
-    """As `scrimp.ops.decoder_layers` names it."""
+def activation_of(module: nn.Module) -> str | None:
+    """As `scrimp.ops.decoder_layers` names it; None for one that is neither SiLU nor GELU."""
     return ACTIVATIONS.get(type(module).__name__)
 
 
