@@ -179,9 +179,7 @@ def test_calibration_is_that_of_the_dequantized_model(quantized: Callable[..., C
 def test_what_does_not_fit_is_refused(quantized: Callable[..., Calibrated]) -> None:
     model, calibration = quantized()
     for method in ("cats", "wina-rotated"):
-        with pytest.raises(
-            ValueError, match=f"method='{method}' needs dense layers; model.layers.0.self_attn.q"
-        ):
+        with pytest.raises(ValueError, match=f"method='{method}' needs dense layers; model.layers.0.self_attn.q"):
             scrimp.sparsify(model, calibration, 0.1, method)
     with dequantized(model):
         k_proj = model.model.layers[0].self_attn.k_proj
