@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from scrimp.benchmarks import channel_select, int4_linear, int4_sparse_linear, measure, rows, sparse_linear
+from scrimp.benchmarks import (
+    channel_select,
+    int4_linear,
+    int4_sparse_linear,
+    int4_sparse_step,
+    measure,
+    rows,
+    sparse_linear,
+)
 from scrimp.benchmarks.registry import Case
 
 from scrimp.ops.channel_select import RULES
@@ -73,3 +81,16 @@ def test_channel_select_rows(rule: str, monkeypatch: pytest.MonkeyPatch) -> None
     index[0] += 1
     with pytest.raises(AssertionError, match="index is not the reference's in 1 places"):
         problem.check(found)
+
+
+@pytest.mark.parametrize("mode", ["int8", "exact"])
+def test_int4_sparse_step(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(measure, "PROBE_SIZES", {"cpu": (8, 2**12)})
+    sizes = ["--layers", "2", "--width", "64", "--group-size", "32", "--mode", mode, "--threads", "1"]
+    assert int4_sparse_step.main([*sizes, "--sparsity", "0.6"]) == 0
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert float(title.split(f"{mode}, ")[1].split("%")[0]) == pytest.approx(60, abs=10)
+    assert [line.split()[0] for line in lines] == ["dense", "sparse"]
+    limits = [float(line.split()[5]) for line in lines]
+    assert len(limits) == 2
+    assert all(float(line.split()[6].rstrip("%")) > 0 for line in lines)
