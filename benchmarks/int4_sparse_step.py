@@ -126,10 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="T", help="default: 1 2")
     parser.add_argument("--width", type=int, metavar="D", help="a narrow model, to try the command")
     asked = parser.parse_args(arguments)
-    width = asked.width
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 2}
+    width = asked.width or WIDE["hidden_size"]
+    narrow = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    model = random_model(asked.layers, asked.group_size, asked.mode, **(sizes if width else {}))
+    model = random_model(asked.layers, asked.group_size, asked.mode, **(narrow if asked.width else {}))
     prompt = torch.randint(0, 256, (PROMPT,)).tolist()
     whole = float(sum(m.weight.bytes() for m in model.modules() if isinstance(m, Int4Linear)))
     rows = []
