@@ -95,18 +95,19 @@ def test_int4_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.Mo
     e2e.quantized.cache_clear()
 
 
-def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["", "int8"])
+def test_sparse_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
     monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch, :length])
     monkeypatch.setattr(e2e.text, "windows", lambda *_: texts)
-    e2e.sparsified.cache_clear()
-    case = e2e.sparse_case(prompt=12, new=6)
+    for made in (e2e.quantized, e2e.sparsified):
+        made.cache_clear()
+    case = e2e.sparse_case(mode, prompt=12, new=6)
     problem = case.make()
     found = rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0)
-    assert [(row["peer"], row["note"], row["sparsity"]) for row in found] == [
-        ("hf", "", 0.5),
-        ("self-dense", "", 0.5),
+    assert [(row["peer"], row["note"], row["sparsity"], row["mode"]) for row in found] == [
+        (peer, "", 0.5, mode) for peer in (("hf", "self-dense", "self-fp32") if mode else ("hf", "self-dense"))
     ]
     assert found[0]["identical_tokens"] == 6
     assert found[0]["perplexity_ratio"] != pytest.approx(1, rel=1e-3)
@@ -114,7 +115,8 @@ def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
     got[0, 3] = (got[0, 3] + 1) % 97
     with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
         problem.check(got)
-    e2e.sparsified.cache_clear()
+    for made in (e2e.quantized, e2e.sparsified):
+        made.cache_clear()
 
 
 def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from ..int4 import blocks as parts
 from .calibration import METHODS, SPARSITIES, Calibration, Group
 from .cats import activation
 from .groups import gated, groups_of, reads_residual
+from .int4_linear import dequantized
 from .rotation import axes
 from .sensitivity import sensitivities
 
@@ -31,7 +32,8 @@ def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bo
     activations are unlike all others, and it is always read densely.
 
     Args:
-        model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma (1, 2, 3) or Phi (1, 2, 3, 4) with dense weights.
+        model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma (1, 2, 3) or Phi (1, 2, 3, 4). 4-bit layers are
+            measured as the dense ones that they stand for, which take their memory for the time being.
         text: tokens int64 `[samples, n]`, or a list of `[1, n]`, n at least 2.
         progress: show a progress bar.
 
@@ -45,6 +47,11 @@ def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bo
     """
     from tqdm.auto import tqdm
 
+    with dequantized(model) as was_int4:
+        if was_int4:
+            made = calibrate(model, text, progress=progress)
+    if was_int4:
+        return replace(made, weight_hash=weight_hash(model))
     groups = groups_of(model, "calibrate")
     texts = list(text.split(1)) if isinstance(text, Tensor) else list(text)
     if not texts:
