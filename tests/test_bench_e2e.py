@@ -4,10 +4,21 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from scrimp.benchmarks import agreement, e2e, int4_quality, measure, registry, rows, wina_quality
+from scrimp.benchmarks import (
+    agreement,
+    e2e,
+    int4_quality,
+    measure,
+    registry,
+    rows,
+    wina_lossless,
+    wina_plot,
+    wina_quality,
+)
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,19 +123,38 @@ def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest
     tokenizer.save_pretrained(tmp_path / "model")
     sizes = ["--texts", "2", "--length", "32", "--window", "32", "--windows", "2", "--sparsities", "0", "0.6"]
     out = tmp_path / "rows.json"
-    asked = [str(tmp_path / "model"), *sizes, "--allocations", "uniform", "greedy"]
+    picture = tmp_path / "out.svg"
+    asked = [str(tmp_path / "model"), *sizes, "--plot", str(picture)]
     assert wina_quality.main([*asked, "--json", str(out), "--csv", f"{out}.csv"]) == 0
     found = json.loads(out.read_text())
-    assert [row["case"] for row in found] == [
-        f"{m}-{a}-{s}" for m in wina_quality.METHODS for a in ("uniform", "greedy") for s in ("0", "0.6")
-    ]
+    names = [variant.replace(":", "-") for variant in wina_quality.VARIANTS]
+    cases = [f"{name}-{s}" for name in names for s in ("0", "0.6")]
+    assert [row["case"] for row in found] == [case for case in cases if case != "cats-uniform-0.6"]
     for row in found:
         assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / row["reference_perplexity"], rel=1e-3)
         assert row["dropped"] == pytest.approx(row["sparsity"], abs=0.05)
         exact = row["sparsity"] == 0
         assert (row["kl_mean"] < 1e-5) == exact
         assert (row["ratio_error"] < 1e-4) == exact
-    assert "wina-centred" in capsys.readouterr().out
+        rotations = 0.3 if "rotated" in row["method"] else 0.0  # 2 d^2 of 2 d (d + d_kv) + 3 d f
+        assert row["saved"] == pytest.approx(row["sparsity"] - rotations, abs=0.02)
+    printed = capsys.readouterr().out
+    assert "cats' skips at most 39.6% of this model's weights" in printed
+    drawn = ElementTree.parse(picture).getroot()
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == len(found)
+    assert wina_plot.main([str(out), str(tmp_path / "again.svg")]) == 0
+    assert (tmp_path / "again.svg").read_text() == picture.read_text()
+
+
+def test_wina_lossless(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256}))
+    wide.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = ["--texts", "1", "--prompts", "3", "--length", "8", "--tokens", "12", "--batch", "2"]
+    assert wina_lossless.main([str(tmp_path / "model"), *sizes, "--ways", "every step"]) == 0
+    printed = capsys.readouterr().out
+    assert "greedy, drafts read every step: 3 of 3 texts identical" in printed
+    assert "drawn, drafts read every step: 3 of 3 texts identical" in printed
 
 
 def test_int4_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

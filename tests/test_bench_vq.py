@@ -1,12 +1,13 @@
-"""The benchmark cases of VQ heads at tiny sizes, and the quality command."""
+"""The benchmark cases of VQ heads and codebooks at tiny sizes, and the quality command."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scrimp.benchmarks import measure, rows, vq_logits, vq_quality, vq_sample
+from scrimp.benchmarks import codebook_topk, measure, rows, vq_logits, vq_quality, vq_sample
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,6 +55,25 @@ def test_checks_see_a_wrong_result() -> None:
     tokens[1] += 1
     with pytest.raises(AssertionError, match="row 1: token"):
         problem.check(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebook_topk_rows(dtype: torch.dtype) -> None:
+    make = partial(codebook_topk.problem, 200, 24, 90, 3, dtype)
+    case = Case("codebook_topk", "tiny", dtype, {"m": 200}, ("torch",), make)
+    (row,) = rows.case_rows(case, case.make(), PROBES, 0.0)
+    assert row["note"] == ""
+    assert row["ratio"] > 0
+
+
+def test_codebook_topk_check_sees_a_wrong_result() -> None:
+    problem = codebook_topk.problem(20, 24, 90, 3, torch.float32)
+    problem.check(problem.ours())
+    for part, words in enumerate(("out is", "of its code", "of its code|largest")):
+        found = problem.ours()
+        found[part][7, 1] += 1 if part == 1 else 1e-3
+        with pytest.raises(AssertionError, match=words):
+            problem.check(found)
 
 
 def test_vq_quality(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

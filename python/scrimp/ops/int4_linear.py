@@ -11,12 +11,12 @@ from .._registry import register
 from ..int4_weight import Int4Weight
 from ..int4_weight.check import ZERO_KINDS, check_layout
 from ._check import check_dtype, check_same
+from ._int4 import MODES
 
 SCHEMA = (
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? permutation, Tensor? bias, "
     "int group_size, int zero_kind, int mode) -> Tensor"
 )
-MODES = ("exact", "int8")
 LARGEST_BLOCK = 128  # inputs that share a scale of the activations, at most
 SMALLEST = 2.0**-100  # a block of activations below it counts as zero: 127 / SMALLEST is finite
 

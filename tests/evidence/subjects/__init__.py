@@ -2,6 +2,7 @@
 
 from .gelu_mul import SUBJECT as gelu_mul
 from .int4_linear import SUBJECT as int4_linear
+from .kv_compact import SUBJECT as kv_compact
 from .linear import SUBJECT as linear
 from .merge_attention import SUBJECT as merge_attention
 from .rms_norm import SUBJECT as rms_norm
@@ -11,12 +12,13 @@ from .sparse_attention import SUBJECT as sparse_attention
 from .subject import Case, Mutant, Subject, pairwise
 from .tree_attention import SUBJECT as tree_attention
 from .vertical_slash_index import SUBJECT as vertical_slash_index
+from .vq_logits import SUBJECT as vq_logits
 
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
-        gelu_mul, int4_linear, linear, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention,
-        tree_attention, vertical_slash_index,
+        gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention,
+        tree_attention, vertical_slash_index, vq_logits,
     )
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ PANEL = 512  # tokens of a panel: a segment of the estimated plans, enough rows 
 _rms_norm = OPS["rms_norm"].call
 _rotary_append = OPS["rotary_append"].call
 _tree_attention = OPS["tree_attention"].call
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": OPS["silu_mul"].call,
+    "gelu": partial(OPS["gelu_mul"].call, tanh=False),
+    "gelu_tanh": partial(OPS["gelu_mul"].call, tanh=True),
+}
 
 Attend = Callable[[int, DecoderLayer, Tensor, Tensor, Tensor], Tensor]
 Watched = dict[int, Tensor]  # numbers of layers -> states `[B, 1, d]` of the last rows after so many
@@ -39,7 +46,7 @@ def _layers(
     """Some layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
     B, T, _ = x.shape
     cos, sin = model.positions.tables(keys[0].shape[2])
-    D, activation = model.head_dim, model.activation
+    D, activation = model.head_dim, ACTIVATIONS[model.activation]
     parts = [model.heads, model.kv_heads, model.kv_heads]
     split = (B, T, sum(parts), D)
     for i in layers:
@@ -101,7 +108,7 @@ def through(
     values: Sequence[Tensor],
     x: Tensor,
     start: Tensor,
-    layers: Iterable[int],
+    layers: Sequence[int],
     *,
     prefix: Tensor | None = None,
     positions: Tensor | None = None,
@@ -114,6 +121,9 @@ def through(
         if x.shape[1] > 1:
             positions = positions + torch.arange(x.shape[1], dtype=torch.int32, device=start.device)
     seen = start if prefix is None else prefix
+    if together := model.packed(layers):
+        caches = [keys[i] for i in layers], [values[i] for i in layers]
+        return together(x, *model.positions.tables(keys[0].shape[2]), positions, start, seen, ancestors, *caches)
     scale = model.scale
 
     def attend(_: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
