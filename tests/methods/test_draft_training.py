@@ -168,6 +168,14 @@ def test_accuracy_counts_what_is_right() -> None:
     assert (second.offset, second.top[0], second.same) == (3, 0.0, 0.0)
 
 
+def test_texts_are_judged_from_a_row_on() -> None:
+    model, tokens = FrozenModel(llama()), texts(1)[0]
+    for first, guesses in ((0, 10), (10, 7), (38, 0), (40, 0)):  # every fourth of rows that two tokens and one follow
+        counter = Counter(model, 1, maps())
+        found = stages.judge([stages.Held(tokens, first)], model, {"a": counter}, 2, lambda: None)
+        assert [each.guesses for each in found["a"]] == [guesses] * 2
+
+
 def test_generated_texts_begin_as_given() -> None:
     model, given = llama(), texts(3, 40)
     found = stages.generated(model, given, lambda: None)

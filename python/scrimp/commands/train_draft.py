@@ -58,7 +58,7 @@ def _train(
     layer: int,
     sweep: Sequence[int],
     texts: Sequence[Tensor],
-    held: Sequence[Tensor],
+    held: Sequence[stages.Held],
 ) -> Figures:
     k, out = arguments.ahead, arguments.out
     unfinished = out.with_name(f"{out.name}.training")
@@ -93,7 +93,7 @@ def _train(
         tuned = Counter(model, layer, (maps.weight, maps.bias), layer < model.depth)
         figures |= _judged(model, held, {f"{tuner.step} steps": tuned}, k)
     if tokens is not None:
-        share = float(torch.isin(torch.cat(list(held)), tokens).double().mean())
+        share = float(torch.isin(torch.cat([text.tokens[text.first :] for text in held]), tokens).double().mean())
         print(f"guesses are among {len(tokens)} of {model.view.vocabulary} tokens, {share:.1%} of the held-out ones")
     print(f"written: {out} ({maps.kind}, layer {layer} of {model.depth}, weights {maps.weight_hash})")
     return figures
@@ -114,7 +114,7 @@ def _layers(arguments: argparse.Namespace, depth: int) -> tuple[int, list[int]]:
     return layer, sweep
 
 
-def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], list[stages.Held]]:
     """Windows to train on, and held-out ones."""
     if not arguments.text:
         if arguments.heldout:
@@ -128,19 +128,23 @@ def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor],
             raise ValueError(f"the texts make one window of {arguments.length} tokens, which leaves none to judge by")
         else:
             trained, held = trained.split([len(trained) - (len(trained) + 9) // 10, (len(trained) + 9) // 10])
-    return list(trained[: arguments.texts]), list(held[: arguments.judged])
+    return list(trained[: arguments.texts]), [stages.Held(text) for text in held[: arguments.judged]]
 
 
-def _answers(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's answers to the prompts; every tenth is held out."""
+def _answers(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[Tensor], list[stages.Held]]:
+    """The model's answers to the prompts; every tenth is held out, and judged after its prompt."""
     lines = [line for file in arguments.prompts for line in file.read_text("utf-8").splitlines() if line.strip()]
     prompts = [common.prompt_tokens(tokenizer, line, raw=False) for line in lines[: arguments.texts]]
     with _bar(len(prompts), "answering", "prompt") as bar:
         found = stages.answered(model, prompts, arguments.length, bar.update)
-    long = [text for text in found if len(text) > arguments.ahead + 1]
-    if len(long) < 2:
-        raise ValueError(f"{len(long)} of {len(lines)} answers are long enough, which leaves none to judge by")
-    return [text for i, text in enumerate(long) if i % 10], long[::10][: arguments.judged]
+    pairs = [
+        stages.Held(text, len(prompt) - 1)
+        for prompt, text in zip(prompts, found, strict=True)
+        if len(text) > arguments.ahead + 1
+    ]
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} of {len(lines)} answers are long enough, which leaves none to judge by")
+    return [text.tokens for i, text in enumerate(pairs) if i % 10], pairs[::10][: arguments.judged]
 
 
 def _windows(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
@@ -151,7 +155,7 @@ def _windows(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def _judged(model: FrozenModel, held: Sequence[Tensor], counters: dict[str, Counter], k: int) -> Figures:
+def _judged(model: FrozenModel, held: Sequence[stages.Held], counters: dict[str, Counter], k: int) -> Figures:
     """Judges and prints a table."""
     with _bar(len(held), "judging", "text") as bar:
         figures = stages.judge(held, model, counters, k, bar.update)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,14 +31,21 @@ def gather(model: FrozenModel, texts: Sequence[Tensor], layers: Sequence[int], c
     return moments
 
 
+class Held(NamedTuple):
+    """A text to judge by, from its row `first` on."""
+
+    tokens: Tensor
+    first: int = 0
+
+
 def judge(
-    texts: Sequence[Tensor], model: FrozenModel, counters: Mapping[str, Counter], count: int, tick: Tick
+    texts: Sequence[Held], model: FrozenModel, counters: Mapping[str, Counter], count: int, tick: Tick
 ) -> dict[str, list[Accuracy]]:
     """Accuracy of several sets of maps, by name, on the same rows of texts."""
-    for tokens in texts:
+    for tokens, first in texts:
         text = model.read(tokens)
-        rows = torch.arange(0, len(tokens) - count - 1, EVERY, device=tokens.device)
-        for counter in counters.values():
+        rows = torch.arange(first, max(first, len(tokens) - count - 1), EVERY, device=tokens.device)
+        for counter in counters.values() if len(rows) else ():
             counter.add(text, rows)
         tick()
     return {name: counter.result() for name, counter in counters.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ def _layers(
     values: Sequence[Tensor],
     attend: Attend,
     layers: Iterable[int],
-    watched: Watched | None = None,
 ) -> Tensor:
     """Some layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
     B, T, _ = x.shape
@@ -50,8 +50,6 @@ def _layers(
     parts = [model.heads, model.kv_heads, model.kv_heads]
     split = (B, T, sum(parts), D)
     for i in layers:
-        if watched is not None and i in watched:
-            watched[i] = x[:, -1:]
         layer = model.layers[i]
         q, k, v = layer.qkv(_rms_norm(x, *layer.attention_norm)).view(split).split_with_sizes(parts, 2)
         if layer.q_norm is not None:
@@ -64,6 +62,19 @@ def _layers(
         x = layer.o(out.transpose(1, 2).flatten(2), x)
         gate, up = layer.gate_up(_rms_norm(x, *layer.mlp_norm)).chunk(2, -1)
         x = layer.down(activation(gate, up), x)
+    return x
+
+
+def _watching(
+    x: Tensor, layers: Sequence[int], watched: Watched | None, run: Callable[[Tensor, Sequence[int]], Tensor]
+) -> Tensor:
+    """Some layers by `run`, in pieces that begin where the state is watched."""
+    wanted = {} if watched is None else watched
+    cuts = [at for at, layer in enumerate(layers) if layer in wanted]
+    for first, end in pairwise(sorted({0, *cuts, len(layers)})):
+        if layers[first] in wanted:
+            wanted[layers[first]] = x[:, -1:]
+        x = run(x, layers[first:end])
     return x
 
 
@@ -121,15 +132,18 @@ def through(
         if x.shape[1] > 1:
             positions = positions + torch.arange(x.shape[1], dtype=torch.int32, device=start.device)
     seen = start if prefix is None else prefix
-    if together := model.packed(layers):
-        caches = [keys[i] for i in layers], [values[i] for i in layers]
-        return together(x, *model.positions.tables(keys[0].shape[2]), positions, start, seen, ancestors, *caches)
     scale = model.scale
 
     def attend(_: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _tree_attention(q, k, v, seen, ancestors, layer.window, scale)[0]
 
-    return _layers(model, x, positions, start, keys, values, attend, layers, watched)
+    def run(x: Tensor, some: Sequence[int]) -> Tensor:
+        if together := model.packed(some):
+            caches = [keys[i] for i in some], [values[i] for i in some]
+            return together(x, *model.positions.tables(keys[0].shape[2]), positions, start, seen, ancestors, *caches)
+        return _layers(model, x, positions, start, keys, values, attend, some)
+
+    return _watching(x, layers, watched, run)
 
 
 def panel(
@@ -164,7 +178,11 @@ def panel(
     start = torch.tensor([first], dtype=torch.int32, device=device)
     positions = torch.arange(first, end, dtype=torch.int32, device=device)[None]
     x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
-    return _layers(model, x, positions, start, keys, values, attend, layers, watched)
+
+    def run(x: Tensor, some: Sequence[int]) -> Tensor:
+        return _layers(model, x, positions, start, keys, values, attend, some)
+
+    return _watching(x, layers, watched, run)
 
 
 def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:

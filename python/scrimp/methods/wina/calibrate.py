@@ -121,13 +121,21 @@ def _measure(model: nn.Module, names: tuple[str, ...], inputs: dict[str, list[Te
         for plain, rotated in (("teal", "teal-rotated"), ("wina", "wina-rotated")):
             i, j = METHODS.index(plain), METHODS.index(rotated)
             levels[j], errors[j] = levels[i], errors[i]
-    mlp = model.get_submodule(names[0].rpartition(".")[0])
-    opened = inputs.get(names[0].replace("down", "gate"))
-    if gated(names) and opened is not None and activation_of(mlp.get_submodule("act_fn")) is not None:
-        gate = mlp.get_submodule("gate_proj")
-        open_rows = gate(sampled(opened).to(gate.get_parameter("weight").dtype))
-        curves("cats", rows, activation(mlp, "calibrate")(open_rows).float().abs())
+    gates = _gates(model, names, inputs)
+    if gates is not None:
+        curves("cats", rows, gates.abs())
     return Group(names, weight.shape[0], norms, centers, levels, errors)
+
+
+def _gates(model: nn.Module, names: tuple[str, ...], inputs: dict[str, list[Tensor]]) -> Tensor | None:
+    """act(gate) of the rows that `sampled` takes, for the layer behind a gate; None for others."""
+    opened = inputs.get(names[0].replace("down", "gate"))
+    mlp = model.get_submodule(names[0].rpartition(".")[0])
+    if opened is None or not gated(names) or activation_of(mlp.get_submodule("act_fn")) is None:
+        return None
+    gate = mlp.get_submodule("gate_proj")
+    found: Tensor = gate(sampled(opened).to(gate.get_parameter("weight").dtype))
+    return activation(mlp, "calibrate")(found).float()
 
 
 def sampled(inputs: list[Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ def sparsify(
         model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma or Phi, the one that was calibrated
             (`scrimp.generate` runs the first four; the others have transformers' own generate).
         calibration: of `scrimp.calibrate` or `Calibration.load`.
-        sparsity: share of the channels that are skipped, from 0 to 0.99.
+        sparsity: share of the weights of the decoder layers that are skipped, from 0 to 0.99.
         method: what a channel's score is: "teal" |x|; "wina" |x| times the norm of the weight's column;
             "wina-centred" the same of x less its median over the calibration text, whose product is a bias;
             "teal-rotated", "wina-rotated" what reads the residual stream chooses among orthogonal columns, for which
