@@ -329,6 +329,10 @@ def test_bad_input_of_the_public_function() -> None:
         scrimp.ops.int4_sparse_linear(X, W, I, C, mode="fast")
     with pytest.raises(ValueError, match="x has 32 inputs, but the weight 64"):
         scrimp.ops.int4_sparse_linear(X[:, :32], W, I, C)
+    with pytest.raises(ValueError, match=r"dtype of bias is torch\.float16, but that of x"):
+        scrimp.ops.int4_sparse_linear(X, W, I, C, torch.zeros(3).half())
+    with pytest.raises(RuntimeError, match="does not ascend"):
+        scrimp.ops.int4_sparse_linear(X, W, I.flip(0).contiguous(), C)
 
 
 def test_gradients_are_refused_by_name() -> None:

@@ -147,5 +147,8 @@ def int4_sparse_linear(
     if x.dim() and x.shape[-1] != weight.in_features:
         raise ValueError(f"int4_sparse_linear: x has {x.shape[-1]} inputs, but the weight {weight.in_features}")
     args: tuple[Any, ...] = (x, *weight.tensors().values(), index, count, bias, *weight.numbers(), MODES.index(mode))
-    _check(*args)
-    return _call(*args)
+    try:  # as in `linear`: the kernel's checks come first, the words of _check only where one fails
+        return _call(*args)
+    except RuntimeError:
+        _check(*args)
+        raise

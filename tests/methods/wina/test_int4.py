@@ -187,6 +187,7 @@ def test_what_does_not_fit_is_refused(quantized: Callable[..., Calibrated]) -> N
     mixed = scrimp.calibrate(model, torch.randint(1, 256, (1, 30)), progress=False)
     with pytest.raises(ValueError, match=r"q_proj, .*v_proj, which share an input, some are 4-bit and some dense"):
         scrimp.sparsify(model, mixed)
+    assert not any(isinstance(module, Int4SparseLinear) for module in model.modules())
 
 
 def test_a_saved_model_is_the_4_bit_one(quantized: Callable[..., Calibrated]) -> None:

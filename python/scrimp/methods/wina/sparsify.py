@@ -118,12 +118,13 @@ def sparsify(
         raise ValueError(
             f"sparsify: the calibration's {len(known)} layers are not the model's; run scrimp.calibrate on it"
         )
+    int4 = {group: is_int4(model, group, method) for layer in names for group in layer}
     report = Report(method, allocation)
     shares = allocate(calibration, method, sparsity, allocation)
     for layer, wanted in zip(calibration.layers, shares, strict=True):
         for group, share in zip(layer, wanted, strict=True):
             rotation = 0
-            if is_int4(model, group.names, method):
+            if int4[group.names]:
                 swap_int4(model, group, method, share, max_error)
             elif method == "cats":
                 _swap_gated(model, group, share)
