@@ -3,6 +3,7 @@
 from .exact_head import SUBJECT as exact_head
 from .gelu_mul import SUBJECT as gelu_mul
 from .int4_linear import SUBJECT as int4_linear
+from .kv_compact import SUBJECT as kv_compact
 from .linear import SUBJECT as linear
 from .merge_attention import SUBJECT as merge_attention
 from .rms_norm import SUBJECT as rms_norm
@@ -10,6 +11,7 @@ from .rotary_append import SUBJECT as rotary_append
 from .silu_mul import SUBJECT as silu_mul
 from .sparse_attention import SUBJECT as sparse_attention
 from .subject import Case, Mutant, Subject, pairwise
+from .tree_accept import SUBJECT as tree_accept
 from .tree_attention import SUBJECT as tree_attention
 from .vertical_slash_index import SUBJECT as vertical_slash_index
 from .vq_logits import SUBJECT as vq_logits
@@ -18,8 +20,8 @@ from .vq_sample import SUBJECT as vq_sample
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
-        exact_head, gelu_mul, int4_linear, linear, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention,
-        tree_attention, vertical_slash_index, vq_logits, vq_sample,
+        exact_head, gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append, silu_mul,
+        sparse_attention, tree_accept, tree_attention, vertical_slash_index, vq_logits, vq_sample,
     )
 }  # fmt: skip
 
