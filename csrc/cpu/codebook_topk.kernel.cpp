@@ -137,6 +137,7 @@ void tile(const CodebookSearch& s, int64_t row, const float* panel, int64_t code
   for (int64_t d = 0; d < before; d += kSum) {
     Vec part[C][2] = {};
     add_products<C>(part, x, panel, kSum);
+#pragma GCC unroll 12
     for (int c = 0; c < C; ++c) {
       store(found[c], d ? load(found[c]) + part[c][0] : part[c][0]);
       store(found[c] + kLanes, d ? load(found[c] + kLanes) + part[c][1] : part[c][1]);
