@@ -1,5 +1,6 @@
 """The ops whose GPU kernels are held up by evidence. A new op adds a file here and its line to `SUBJECTS`."""
 
+from .channel_select import SUBJECT as channel_select
 from .gelu_mul import SUBJECT as gelu_mul
 from .int4_linear import SUBJECT as int4_linear
 from .kv_compact import SUBJECT as kv_compact
@@ -17,7 +18,7 @@ from .vertical_slash_index import SUBJECT as vertical_slash_index
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
-        gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append, silu_mul,
+        channel_select, gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append, silu_mul,
         sparse_attention, tree_accept, tree_attention, vertical_slash_index,
     )
 }  # fmt: skip
