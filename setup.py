@@ -52,7 +52,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 # Kernels that promise the bits of operations rounded one by one; what they fuse they write as fma().
-KERNEL_FLAGS = {"int4_linear.vnni.kernel": ["-ffp-contract=off"]}
+KERNEL_FLAGS = {f"{op}.vnni.kernel": ["-ffp-contract=off"] for op in ("int4_linear", "int4_sparse_linear")}
 
 
 def find_cuda() -> tuple[str, str] | None:

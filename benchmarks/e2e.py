@@ -1,12 +1,13 @@
 """e2e: the demo model generates greedily, beside Hugging Face's own loops and llama.cpp.
 
 Prompts are texts of the held-out documents; "copy" asks for a text that is mostly in the prompt, the best case of
-prompt lookup. The "tree" cases decode by trees whose sources know nothing but the prompt. The limit: every new token
-reads all weights of the model once.
+prompt lookup. The "tree" cases decode by trees whose sources know nothing but the prompt, those named after a kind of
+trained maps by these too (`draft_maps.py` trains them at the first use). The limit: every new token reads all weights
+of the model once.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -19,8 +20,17 @@ from scrimp.demo import text
 from scrimp.demo.model import demo_model_path
 from scrimp.methods.evaluate import Reader, quality
 from scrimp.methods.generation import DecoderModel, decoder_model
-from scrimp.methods.tree_decoding import CostCurve
+from scrimp.methods.tree_decoding import (
+    CostCurve,
+    DraftMaps,
+    DraftSource,
+    LookupDraft,
+    NgramDraft,
+    RecyclingDraft,
+    trained,
+)
 
+from . import draft_maps
 from .peers import hf
 from .registry import Case, Problem, Work
 
@@ -44,6 +54,7 @@ HEADS = {
     "head-top-50": {"temperature": 0.8, "top_k": 50, "seed": 1},
 }  # how tokens are chosen
 READING = ("tree-copy", "tree-summary")  # their questions are about a text
+TREE_TOKENS = 96  # new ones of a "tree" case
 
 
 def cases() -> list[Case]:
@@ -55,11 +66,16 @@ def cases() -> list[Case]:
         case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
         case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
         *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
-        sparse_case(prompt=64, new=64),
+        *(sparse_case(mode, prompt=64, new=64) for mode in ("", "int8")),
         *(head_case(kind, prompt=64, new=64) for kind in HEADS),
-        *(case(name, FP32, prompt=300, new=96, batch=1, peers=("self-plain", "hf_lookup")) for name in QUESTIONS),
-        case("tree-text", FP32, prompt=64, new=96, batch=1, peers=("self-plain", "hf_lookup")),
-        case("tree-text-batch", FP32, prompt=64, new=96, batch=4, peers=("self-plain",)),
+        *(tree_case(name, "", 300, 1, ("self-plain", "hf_lookup")) for name in QUESTIONS),
+        tree_case("tree-text", "", 64, 1, ("self-plain", "hf_lookup")),
+        tree_case("tree-text-batch", "", 64, 4, ("self-plain",)),
+        *(
+            tree_case(name, kind, 300, 1, ("self-plain", "hf_lookup"))
+            for kind in draft_maps.KINDS
+            for name in QUESTIONS
+        ),
     ]
 
 
@@ -67,6 +83,13 @@ def case(name: str, dtype: torch.dtype, prompt: int, new: int, batch: int, peers
     """One case."""
     shape = {"m": batch, "batch": batch, "n": prompt, "new_tokens": new}
     return Case("e2e", name, dtype, shape, peers, partial(problem, name, dtype, prompt, new, batch))
+
+
+def tree_case(about: str, kind: str, prompt: int, batch: int, peers: tuple[str, ...]) -> Case:
+    """Tree decoding of a kind of text: by the sources that need no training, and by a kind of trained maps if named."""
+    shape = {"m": batch, "batch": batch, "n": prompt, "new_tokens": TREE_TOKENS}
+    name = f"{about}-{kind}" if kind else about
+    return Case("e2e", name, FP32, shape, peers, partial(tree_problem, about, kind, prompt, batch))
 
 
 def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
@@ -77,10 +100,16 @@ def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
     return Case("e2e", name, FP32, shape, peers, make)
 
 
-def sparse_case(prompt: int, new: int) -> Case:
-    """Decoding with half of the channels, beside Hugging Face's loop with that model and ours with the dense one."""
+def sparse_case(mode: str, prompt: int, new: int) -> Case:
+    """Decoding with half of the channels, beside Hugging Face's loop with that model and ours with the dense one.
+
+    With a mode the layers are 4-bit ones, of the dense one, too; self-fp32 is our loop with the model in fp32.
+    """
     shape = {"m": 1, "batch": 1, "n": prompt, "new_tokens": new}
-    return Case("e2e", "sparse", FP32, shape, ("hf", "self-dense"), partial(sparse_problem, prompt, new))
+    name, peers = (
+        (f"sparse-int4-{mode}", ("hf", "self-dense", "self-fp32")) if mode else ("sparse", ("hf", "self-dense"))
+    )
+    return Case("e2e", name, FP32, shape, peers, partial(sparse_problem, mode, prompt, new))
 
 
 def head_case(kind: str, prompt: int, new: int) -> Case:
@@ -104,12 +133,12 @@ def quantized(mode: str) -> Any:
 
 
 @cache
-def sparsified() -> Any:
-    """The demo model, skipping channels by scrimp's defaults."""
+def sparsified(mode: str) -> Any:
+    """The demo model, in fp32 or with 4-bit layers of a mode, skipping channels by scrimp's defaults."""
     dense, tokenizer = loaded(FP32)
     texts = text.windows(tokenizer, SPARSE_TOKENS, "calibration", SPARSE_TEXTS)
-    model = copy.deepcopy(dense)
-    scrimp.sparsify(model, scrimp.calibrate(dense, texts, progress=False), SPARSITY)
+    model = copy.deepcopy(quantized(mode) if mode else dense)
+    scrimp.sparsify(model, scrimp.calibrate(model, texts, progress=False), SPARSITY)
     return model
 
 
@@ -133,7 +162,19 @@ def chat(tokenizer: Any, asked: str) -> Tensor:
 def problem(name: str, dtype: torch.dtype, length: int, new: int, batch: int) -> Problem:
     """Inputs, call, check and limit of the demo model."""
     model, tokenizer = loaded(dtype)
-    return of_model(model, prompts(name, tokenizer, length, batch), new, trees=name.startswith("tree-"))
+    return of_model(model, prompts(name, tokenizer, length, batch), new)
+
+
+def tree_problem(about: str, kind: str, length: int, batch: int) -> Problem:
+    """Trees beside plain decoding of the same model."""
+    model, tokenizer = loaded(FP32)
+    maps = DraftMaps.load(draft_maps.path(kind)) if kind else None
+
+    def sources() -> list[DraftSource]:
+        free: list[DraftSource] = [LookupDraft(), NgramDraft(), RecyclingDraft()]
+        return free if maps is None else [*free, trained(maps)]
+
+    return of_model(model, prompts(about, tokenizer, length, batch), TREE_TOKENS, trees=sources)
 
 
 def int4_problem(mode: str, length: int, new: int) -> Problem:
@@ -158,15 +199,17 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
     )
 
 
-def sparse_problem(length: int, new: int) -> Problem:
+def sparse_problem(mode: str, length: int, new: int) -> Problem:
     """Hugging Face's logits are those of one token after the other: several at once are read densely."""
-    dense, tokenizer = loaded(FP32)
-    model, ids = sparsified(), prompts("sparse", tokenizer, length, 1)
+    fp32, tokenizer = loaded(FP32)
+    model, ids = sparsified(mode), prompts("sparse", tokenizer, length, 1)
+    own = {"self-dense": quantized(mode) if mode else fp32, "self-fp32": fp32}
+    near_tie = INT8_TIE if mode == "int8" else NEAR_TIE[FP32]
     return replace(
         problem := of_model(model, ids, new),
-        check=lambda got: check(model, ids, got, NEAR_TIE[FP32], stepwise),
-        own={"self-dense": of_model(dense, ids, new).ours},
-        fields={**problem.fields, "sparsity": SPARSITY},
+        check=lambda got: check(model, ids, got, near_tie, stepwise),
+        own={name: of_model(other, ids, new).ours for name, other in own.items()},
+        fields={**problem.fields, "sparsity": SPARSITY, "mode": mode},
     )
 
 
@@ -193,9 +236,14 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
 
 
 def of_model(
-    model: Any, ids: Tensor, new: int, near_tie: float | None = None, trees: bool = False, **choice: Any
+    model: Any,
+    ids: Tensor,
+    new: int,
+    near_tie: float | None = None,
+    trees: Callable[[], Sequence[DraftSource]] | None = None,
+    **choice: Any,
 ) -> Problem:
-    """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; with `trees` by tree decoding.
+    """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; by trees of the sources of `trees`.
 
     Every call starts with fresh sources; the cost curve is measured once. `choice` are settings of the sampling.
     """
@@ -213,7 +261,7 @@ def of_model(
         if trees:
             count = torch.get_num_threads()
             curve = curves[count] = curves.get(count) or CostCurve.measure(view)
-            last[0] = scrimp.tree_decoding(cost=curve)
+            last[0] = scrimp.tree_decoding(*trees(), cost=curve)
         return generate(last[0])
 
     def of_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,39 +11,22 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import scrimp
 from scrimp.demo import text
 from scrimp.demo.model import named_model
-from scrimp.methods.evaluate import PROTOCOL, Quality, Reader, quality
+from scrimp.methods.evaluate import PROTOCOL, Reader, quality
 from scrimp.methods.int4 import int4_layers, quantize
 from scrimp.methods.int4.quantize import METHODS
 from scrimp.ops.int4_linear import MODES
 
-from . import results
+from .quality import FIGURES, Kept, add_outputs, row, write
 from .results import Row
-from .rows import origin
 
-FIGURES = ("perplexity", "perplexity_error", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
-
-
-class Kept(Reader):
-    """A reader that reads a window once and keeps what the head takes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._kept: dict[tuple[int, ...], Tensor] = {}
-
-    def states(self, tokens: Tensor) -> Tensor:
-        key = tuple(tokens.tolist())
-        if key not in self._kept:
-            self._kept[key] = super().states(tokens)
-        return self._kept[key]
+__all__ = ["FIGURES", "Kept", "main"]
 
 
 def quantized(model: Any, method: str, group_size: int, tokens: Tensor, **options: Any) -> tuple[Any, float]:
@@ -53,15 +36,6 @@ def quantized(model: Any, method: str, group_size: int, tokens: Tensor, **option
     sizes = [layer.shape[0] * layer.shape[1] for layer in report.layers]
     bits = sum(layer.bits * size for layer, size in zip(report.layers, sizes, strict=True)) / sum(sizes)
     return other, bits
-
-
-def row(case: str, found: Quality, reference: float, fields: Row) -> Row:
-    """One row of results."""
-    figures = found.figures()
-    shown = {name: float(f"{figures[name]:.6g}") for name in FIGURES if name in figures}
-    base: Row = {"op": "int4_quality", "case": case, "dtype": "fp32", "threads": torch.get_num_threads()}
-    ratio = {"reference_perplexity": round(reference, 4), "perplexity_ratio": round(found.perplexity / reference, 5)}
-    return base | fields | {"peer": "self-dense"} | shown | ratio | origin("self-dense", "cpu") | {"note": ""}
 
 
 def line(row: Row) -> str:
@@ -88,8 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default 512)")
     parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
     parser.add_argument("--windows", type=int, default=16, metavar="N", help="held-out windows (default 16)")
-    parser.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    add_outputs(parser)
     asked = parser.parse_args(words)
     model, tokenizer = scrimp.load(named_model(asked.model))
     calibration = text.windows(tokenizer, asked.length, "calibration", asked.texts)
@@ -109,13 +82,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 layer.mode = mode
             found, dense = quality(Reader(other), windows, reference)
             more = {"mode": mode, "bits": round(bits, 3), "quantize_s": round(spent, 1)}
-            rows.append(row(f"{method}-{mode}", found, dense.perplexity, fields | more))
+            rows.append(row("int4_quality", f"{method}-{mode}", found, dense.perplexity, fields | more))
             print(line(rows[-1]), flush=True)
     print(f"fp32: perplexity {rows[0]['reference_perplexity']}")
-    if asked.json is not None:
-        results.write_json(asked.json, rows)
-    if asked.csv is not None:
-        results.update_csv(results.csv_file(asked.csv), rows)
+    write(asked, rows)
     return 0
 
 

@@ -17,7 +17,7 @@ from .results import Row, read
 WIDTH, RIGHT, TOP = 760, 90, 44
 ROW_HEIGHT, PLOT_HEIGHT, CHARACTER = 24, 300, 7.5
 TIMES = "\N{MULTIPLICATION SIGN}"
-COLOURS = ("#2b6cdb", "#d9722e", "#2e9e62", "#8a4fc9", "#c03a5b", "#6b7280")
+COLOURS = ("#2b6cdb", "#d9722e", "#2e9e62", "#8a4fc9", "#c03a5b", "#6b7280", "#0f9bb3", "#a07a12")
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1f2933}.small{font-size:11px;fill:#52606d}.title{font-weight:600}"
     ".grid{stroke:#e4e7eb}.even{stroke:#1f2933;stroke-dasharray:4 3}.spread{stroke:#1f2933}"
@@ -48,17 +48,17 @@ def bars(rows: Sequence[Row], title: str) -> str:
     def at(ratio: float) -> float:
         return left + ratio / ticks[-1] * (WIDTH - left - RIGHT)
 
-    parts = [_line("grid", at(tick), TOP, at(tick), bottom) for tick in ticks]
-    parts += [_text(at(tick), bottom + 16, f"{tick:g}{TIMES}", "middle", "small") for tick in ticks]
+    parts = [line("grid", at(tick), TOP, at(tick), bottom) for tick in ticks]
+    parts += [text(at(tick), bottom + 16, f"{tick:g}{TIMES}", "middle", "small") for tick in ticks]
     for place, row in enumerate(rows):
         y = TOP + ROW_HEIGHT * place
         width, colour = at(row["ratio"]) - left, COLOURS[0] if row["ratio"] >= 1 else COLOURS[1]
-        parts.append(_text(left - 8, y + 17, labels[place], "end"))
+        parts.append(text(left - 8, y + 17, labels[place], "end"))
         parts.append(f'<rect x="{left}" y="{y + 4}" width="{width:.1f}" height="{ROW_HEIGHT - 8}" fill="{colour}"/>')
-        parts.append(_line("spread", at(row["ratio_p20"]), y + 12, at(row["ratio_p80"]), y + 12))
-        parts.append(_text(at(max(row["ratio"], row["ratio_p80"])) + 6, y + 17, f"{row['ratio']:.2f}{TIMES}"))
-    parts.append(_line("even", at(1), TOP, at(1), bottom))
-    return _svg(title, parts, bottom + 30, rows)
+        parts.append(line("spread", at(row["ratio_p20"]), y + 12, at(row["ratio_p80"]), y + 12))
+        parts.append(text(at(max(row["ratio"], row["ratio_p80"])) + 6, y + 17, f"{row['ratio']:.2f}{TIMES}"))
+    parts.append(line("even", at(1), TOP, at(1), bottom))
+    return svg(title, parts, bottom + 30, conditions(rows))
 
 
 def lines(rows: Sequence[Row], x: str, by: str, title: str) -> str:
@@ -80,11 +80,11 @@ def lines(rows: Sequence[Row], x: str, by: str, title: str) -> str:
     def height(ratio: float) -> float:
         return bottom - ratio / ticks[-1] * PLOT_HEIGHT
 
-    parts = [_line("grid", left, height(tick), WIDTH - 160, height(tick)) for tick in ticks]
-    parts += [_text(left - 8, height(tick) + 4, f"{tick:g}{TIMES}", "end", "small") for tick in ticks]
-    parts += [_text(at(place), bottom + 18, f"{place:g}", "middle", "small") for place in places]
-    parts.append(_text((left + WIDTH - 160) / 2, bottom + 36, x, "middle", "small"))
-    parts.append(_line("even", left, height(1), WIDTH - 160, height(1)))
+    parts = [line("grid", left, height(tick), WIDTH - 160, height(tick)) for tick in ticks]
+    parts += [text(left - 8, height(tick) + 4, f"{tick:g}{TIMES}", "end", "small") for tick in ticks]
+    parts += [text(at(place), bottom + 18, f"{place:g}", "middle", "small") for place in places]
+    parts.append(text((left + WIDTH - 160) / 2, bottom + 36, x, "middle", "small"))
+    parts.append(line("even", left, height(1), WIDTH - 160, height(1)))
     for number, (name, group) in enumerate(groups.items()):
         colour = COLOURS[number % len(COLOURS)]
         points = [(at(row[x]), height(row["ratio"])) for row in group]
@@ -93,8 +93,8 @@ def lines(rows: Sequence[Row], x: str, by: str, title: str) -> str:
         parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>' for px, py in points]
         y = TOP + 20 * number + 8
         parts.append(f'<rect x="{WIDTH - 145}" y="{y - 9}" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(WIDTH - 127, y + 2, name))
-    return _svg(title, parts, bottom + 50, rows)
+        parts.append(text(WIDTH - 127, y + 2, name))
+    return svg(title, parts, bottom + 50, conditions(rows))
 
 
 def conditions(rows: Sequence[Row]) -> list[str]:
@@ -124,23 +124,26 @@ def _ticks(high: float) -> list[float]:
     return [step * number for number in range(math.ceil(high / step - 1e-9) + 1)]
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    """A line of a kind of STYLE."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+def text(x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> str:
+    """Words at a place."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(words)}</text>'
 
 
-def _svg(title: str, parts: Sequence[str], bottom: float, rows: Sequence[Row]) -> str:
-    small = [_text(12, bottom + 16 * i + 12, words, kind="small") for i, words in enumerate(conditions(rows))]
+def svg(title: str, parts: Sequence[str], bottom: float, notes: Sequence[str]) -> str:
+    """A picture with a title above and notes below its parts."""
+    small = [text(12, bottom + 16 * i + 12, words, kind="small") for i, words in enumerate(notes)]
     height = bottom + 16 * len(small) + 12
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img">',
             f"<title>{escape(title)}</title><style>{STYLE}</style>",
             f'<rect width="{WIDTH}" height="{height:.0f}" fill="#fff"/>',
-            _text(12, 26, title, kind="title"),
+            text(12, 26, title, kind="title"),
             *parts,
             *small,
             "</svg>\n",

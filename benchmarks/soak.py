@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scrimp.methods.generation import DecoderModel, KVCache, decoder_model, generate, stream
+from scrimp.testing import random_llama
 
 VOCABULARY = 256
 CACHES = 3  # every so many calls goes on from a cache that is kept
@@ -24,14 +25,8 @@ CACHES = 3  # every so many calls goes on from a cache that is kept
 
 def tiny_model() -> DecoderModel:
     """A random two-layer Llama with a context of 1,024 tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
-    config = LlamaConfig(
-        **sizes, vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.3
-    )
-    return decoder_model(LlamaForCausalLM(config).eval())
+    return decoder_model(random_llama(VOCABULARY, max_position_embeddings=1024, eos_token_id=2, initializer_range=0.3))
 
 
 def call(model: DecoderModel, number: int, cache: KVCache) -> list[list[int]]:

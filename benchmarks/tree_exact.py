@@ -4,7 +4,8 @@
 
 Prompts are continued by a random Llama of four layers of 128, whose logits nearly tie, greedily and with seeds, one
 sequence at a time and four; once as users do, once with the logits of every chosen token compared. Exit status 1 says
-that something differed. The suite runs the same on fewer prompts (`tests/methods/tree_decoding/test_exact.py`).
+that something differed. `--model demo-dithered` takes a real model and held-out texts instead. The suite runs the same
+on fewer prompts (`tests/methods/tree_decoding/test_exact.py`).
 """
 
 import argparse
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 import scrimp
+from scrimp.demo import text
+from scrimp.demo.model import named_model
 from scrimp.methods.draft_training import FrozenModel, stages
 from scrimp.methods.tree_decoding import (
     CostCurve,
@@ -31,9 +34,11 @@ from scrimp.methods.tree_decoding import (
     SelfDraft,
     TreeDecoding,
 )
-from scrimp.testing import same_bits
+from scrimp.testing import random_llama, same_bits
 
 VOCABULARY = 512
+WIDTH = 128
+PROMPT = 48  # tokens of a text that a real model continues
 BATCHES = (1, 4)
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "drawn": {"temperature": 1.0, "seed": 7}}
 
@@ -51,44 +56,48 @@ class Free(CostCurve):
         pass
 
 
-def random_llama(layers: int = 4, width: int = 128) -> Any:
+def llama(layers: int, width: int, vocabulary: int = VOCABULARY) -> Any:
     """Freshly made weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": layers}
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 2 * width}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=512, eos_token_id=None)).eval()
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 8}
+    return random_llama(vocabulary, layers, **sizes)
 
 
-def regressed(model: Any, layer: int) -> DraftMaps:
-    """Draft maps by ridge regression on random texts."""
+def regressed(model: Any, layers: Sequence[int]) -> list[DraftMaps]:
+    """Draft maps of the states after each layer by ridge regression on random texts; one guesses among some tokens."""
     frozen = FrozenModel(model)
-    texts = list(torch.randint(VOCABULARY, (16, 128), generator=torch.Generator().manual_seed(3)))
-    moments = stages.gather(frozen, texts, [layer], 3, lambda: None)
-    return stages.finished(frozen, layer, moments.solve(layer, layer), "random")
+    vocabulary = frozen.view.vocabulary
+    texts = list(torch.randint(vocabulary, (16, 128), generator=torch.Generator().manual_seed(3)))
+    moments = stages.gather(frozen, texts, layers, 3, lambda: None)
+    some = stages.frequent(texts, vocabulary, vocabulary // 2)
+    return [
+        stages.finished(frozen, layer, moments.solve(layer, layer), "random", None if i else some)
+        for i, layer in enumerate(layers)
+    ]
 
 
 def sources(model: Any) -> dict[str, Callable[[], list[Any]]]:
     """Every source, and mixes of them."""
-    small = random_llama(2, 64)
-    medusa, low, high = (regressed(model, layer) for layer in (4, 0, 2))
+    depth = model.config.num_hidden_layers
+    half = depth // 2
+    small = llama(2, 64, model.config.vocab_size)
+    medusa, low, high = regressed(model, [depth, 0, half])
     return {
         "lookup": lambda: [LookupDraft()],
         "ngram": lambda: [NgramDraft()],
         "recycling": lambda: [RecyclingDraft()],
-        "early exit": lambda: [EarlyExit(2)],
-        "skipped layers": lambda: [EarlyExit([0, 3])],
+        "early exit": lambda: [EarlyExit(half)],
+        "skipped layers": lambda: [EarlyExit([0, depth - 1])],
         "other model": lambda: [ModelDraft(small)],
         "self": lambda: [SelfDraft(model)],
         "medusa": lambda: [MedusaHeads(medusa)],
-        "hidden, layer 0": lambda: [HiddenTransfer(low)],
-        "hidden, layer 2": lambda: [HiddenTransfer(high)],
+        "hidden, low": lambda: [HiddenTransfer(low)],
+        "hidden, half": lambda: [HiddenTransfer(high)],
         "cheap mix": lambda: [LookupDraft(), NgramDraft(), RecyclingDraft(), HiddenTransfer(high)],
         "mix": lambda: [
             LookupDraft(),
             NgramDraft(),
             RecyclingDraft(),
-            EarlyExit(2),
+            EarlyExit(half),
             ModelDraft(small),
             SelfDraft(model),
             MedusaHeads(medusa),
@@ -135,9 +144,9 @@ class Count:
         for got in (plain, found):
             self.tokens += sum(len(completion.tokens) for completion in expected)
             self.different += sum(a != b for a, b in zip(got, expected, strict=True))  # type: ignore[call-overload]
-        for text, row in seen.items():
+        for before, row in seen.items():
             self.rows += 1
-            self.different += text not in logits or not same_bits(row, logits[text])
+            self.different += before not in logits or not same_bits(row, logits[before])
 
 
 def always(made: list[Any]) -> list[Any]:
@@ -153,9 +162,9 @@ def plainly(model: Any, texts: list[list[int]], **asked: Any) -> list[Plain]:
     return [(ids, *recorded(model, ids, None, **asked)) for ids in groups]
 
 
-def run(model: Any, made: list[Any], batch: int, wanted: list[Plain], **asked: Any) -> Count:
+def run(model: Any, made: list[Any], guesses: int, batch: int, wanted: list[Plain], **asked: Any) -> Count:
     """Compares a mix of sources with plain decoding."""
-    count = Count(scrimp.tree_decoding(*always(made), cost=Free()))
+    count = Count(scrimp.tree_decoding(*always(made), guesses=guesses, cost=Free()))
     for ids, expected, logits in wanted:
         for i in range(0, len(ids), batch):
             count.compare(model, ids[i : i + batch], expected[i : i + batch], logits, **asked)
@@ -169,9 +178,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--drawn", type=int, default=100, metavar="N", help="continued with a seed (default 100)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="new ones of each (default 64)")
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all and mixes")
+    parser.add_argument("--guesses", type=int, default=32, metavar="N", help="in a tree at most (default 32)")
+    parser.add_argument("--model", metavar="MODEL", help="what scrimp.load takes, or demo-dithered")
     asked = parser.parse_args(words)
     torch.manual_seed(0)
-    model = random_llama()
+    if asked.model is None:
+        model, texts = llama(4, WIDTH), prompts(max(asked.prompts, asked.drawn))
+    else:
+        model, tokenizer = scrimp.load(named_model(asked.model))
+        texts = text.windows(tokenizer, PROMPT, "heldout", max(asked.prompts, asked.drawn)).tolist()
     known = sources(model)
     chosen = asked.sources or list(known)
     if unknown := set(chosen) - set(known):
@@ -179,11 +194,11 @@ def main(words: Sequence[str] | None = None) -> int:
     different = 0
     for how, number in (("greedy", asked.prompts), ("drawn", asked.drawn)):
         settings = {**WAYS[how], "max_new_tokens": asked.tokens}
-        wanted = plainly(model, prompts(number), **settings)
+        wanted = plainly(model, texts[:number], **settings)
         print(f"{how}, {number} prompts, {asked.tokens} new tokens each")
         for name in chosen:
             for batch in BATCHES:
-                count = run(model, known[name](), batch, wanted, **settings)
+                count = run(model, known[name](), asked.guesses, batch, wanted, **settings)
                 different += count.different
                 print(
                     f"  {name:<16} batch {batch}: {count.different} differences in {count.tokens} tokens and "

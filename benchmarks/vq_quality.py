@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ import scrimp
 from scrimp._registry import OPS
 from scrimp.demo import text
 from scrimp.demo.model import named_model
-from scrimp.methods.evaluate import PROTOCOL, Quality, Reader, quality
+from scrimp.methods.evaluate import PROTOCOL, Reader, quality
 from scrimp.methods.generation.linear import fuse
 from scrimp.methods.heads import VQLogitsHead
 from scrimp.methods.heads.exact import hidden_states
 
-from . import measure, results
-from .int4_quality import FIGURES, Kept
+from . import measure
+from .quality import Kept, add_outputs, row, write
 from .results import Row
-from .rows import origin
 
 CODES = (256, 1024, 4096, 16384)
 REPAIRS = ("plain", "metric", "singles", "bias", "tuned", "residual")
@@ -99,16 +97,6 @@ def times(head: VQLogitsHead, weight: Tensor, x: Tensor) -> Row:
     return {"head_ms": float(f"{ours:.3g}"), "head_ratio": float(f"{samples.ratio('dense').median:.3g}")}
 
 
-def row(repair: str, found: Quality, reference: float, fields: Row) -> Row:
-    """One row of results."""
-    figures = found.figures()
-    shown = {name: float(f"{figures[name]:.6g}") for name in FIGURES if name in figures}
-    base: Row = {"op": "vq_quality", "case": f"{repair}-{fields['codes']}", "dtype": "fp32"}
-    base["threads"] = torch.get_num_threads()
-    ratio = {"reference_perplexity": round(reference, 4), "perplexity_ratio": round(found.perplexity / reference, 5)}
-    return base | fields | {"peer": "self-dense"} | shown | ratio | origin("self-dense", "cpu") | {"note": ""}
-
-
 HEAD = (
     f"{'head':<15} {'share':>7}  {'perplex.':>10}  {'ratio':>8}  {'KL mean':>8}  {'top-1':>7}  {'ms':>7}  {'faster':>7}"
 )
@@ -134,8 +122,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=8, metavar="N", help="held-out windows (default 8)")
     parser.add_argument("--iterations", type=int, default=5, metavar="N", help="of k-means (default 5)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help=f"of {BATCH} states each (default 100)")
-    parser.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    add_outputs(parser)
     asked = parser.parse_args(words)
     model, tokenizer = scrimp.load(named_model(asked.model))
     texts = text.windows(tokenizer, asked.length, "calibration", asked.texts)
@@ -152,13 +139,10 @@ def main(words: Sequence[str] | None = None) -> int:
             found, dense = quality(Headed(reference, head), windows, reference)
             stored = sum(tensor.nbytes for tensor in head.state_dict().values())
             own = {"codes": K, "share": float(f"{stored / weight.nbytes:.4g}")} | times(head, weight, states[:1])
-            rows.append(row(repair, found, dense.perplexity, fields | own))
+            rows.append(row("vq_quality", f"{repair}-{K}", found, dense.perplexity, fields | own))
             print(line(rows[-1]), flush=True)
     print(f"dense: perplexity {rows[0]['reference_perplexity']}")
-    if asked.json is not None:
-        results.write_json(asked.json, rows)
-    if asked.csv is not None:
-        results.update_csv(results.csv_file(asked.csv), rows)
+    write(asked, rows)
     return 0
 
 

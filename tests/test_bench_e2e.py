@@ -4,14 +4,26 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from scrimp.benchmarks import agreement, e2e, int4_quality, measure, registry, rows, wina_quality
+from scrimp.benchmarks import (
+    agreement,
+    e2e,
+    int4_quality,
+    measure,
+    registry,
+    rows,
+    wina_lossless,
+    wina_plot,
+    wina_quality,
+)
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scrimp.methods.int4.quantize import METHODS
+from scrimp.methods.tree_decoding import LookupDraft, RecyclingDraft
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +54,7 @@ def test_rows(model: Any) -> None:
 
 
 def test_rows_of_trees(model: Any) -> None:
-    problem = e2e.of_model(model, IDS, 8, trees=True)
+    problem = e2e.of_model(model, IDS, 8, trees=lambda: [LookupDraft(), RecyclingDraft()])
     case = Case("e2e", "tiny", torch.float32, {"m": 2}, ("self-plain", "hf"), lambda: problem)
     for row in rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0):
         assert (row["note"], row["profile"]) == ("", "tree")
@@ -83,18 +95,19 @@ def test_int4_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.Mo
     e2e.quantized.cache_clear()
 
 
-def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["", "int8"])
+def test_sparse_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
     monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch, :length])
     monkeypatch.setattr(e2e.text, "windows", lambda *_: texts)
-    e2e.sparsified.cache_clear()
-    case = e2e.sparse_case(prompt=12, new=6)
+    for made in (e2e.quantized, e2e.sparsified):
+        made.cache_clear()
+    case = e2e.sparse_case(mode, prompt=12, new=6)
     problem = case.make()
     found = rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0)
-    assert [(row["peer"], row["note"], row["sparsity"]) for row in found] == [
-        ("hf", "", 0.5),
-        ("self-dense", "", 0.5),
+    assert [(row["peer"], row["note"], row["sparsity"], row["mode"]) for row in found] == [
+        (peer, "", 0.5, mode) for peer in (("hf", "self-dense", "self-fp32") if mode else ("hf", "self-dense"))
     ]
     assert found[0]["identical_tokens"] == 6
     assert found[0]["perplexity_ratio"] != pytest.approx(1, rel=1e-3)
@@ -102,7 +115,8 @@ def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
     got[0, 3] = (got[0, 3] + 1) % 97
     with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
         problem.check(got)
-    e2e.sparsified.cache_clear()
+    for made in (e2e.quantized, e2e.sparsified):
+        made.cache_clear()
 
 
 def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,19 +125,40 @@ def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest
     tokenizer.save_pretrained(tmp_path / "model")
     sizes = ["--texts", "2", "--length", "32", "--window", "32", "--windows", "2", "--sparsities", "0", "0.6"]
     out = tmp_path / "rows.json"
-    asked = [str(tmp_path / "model"), *sizes, "--allocations", "uniform", "greedy"]
+    picture = tmp_path / "out.svg"
+    asked = [str(tmp_path / "model"), *sizes, "--plot", str(picture), "--certified"]
     assert wina_quality.main([*asked, "--json", str(out), "--csv", f"{out}.csv"]) == 0
     found = json.loads(out.read_text())
-    assert [row["case"] for row in found] == [
-        f"{m}-{a}-{s}" for m in wina_quality.METHODS for a in ("uniform", "greedy") for s in ("0", "0.6")
-    ]
+    names = [variant.replace(":", "-") for variant in wina_quality.VARIANTS]
+    cases = [f"{name}-{s}" for name in names for s in ("0", "0.6")]
+    assert [row["case"] for row in found] == [case for case in cases if case != "cats-uniform-0.6"]
     for row in found:
         assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / row["reference_perplexity"], rel=1e-3)
         assert row["dropped"] == pytest.approx(row["sparsity"], abs=0.05)
         exact = row["sparsity"] == 0
         assert (row["kl_mean"] < 1e-5) == exact
         assert (row["ratio_error"] < 1e-4) == exact
-    assert "wina-centred" in capsys.readouterr().out
+        if row["method"] != "cats" and not exact:
+            assert 0.05 < row["layer_error"] < row["layer_bound"]
+        rotations = 0.3 if "rotated" in row["method"] else 0.0  # 2 d^2 of 2 d (d + d_kv) + 3 d f
+        assert row["saved"] == pytest.approx(row["sparsity"] - rotations, abs=0.02)
+    printed = capsys.readouterr().out
+    assert "cats' skips at most 39.6% of this model's weights" in printed
+    drawn = ElementTree.parse(picture).getroot()
+    assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == len(found)
+    assert wina_plot.main([str(out), str(tmp_path / "again.svg")]) == 0
+    assert (tmp_path / "again.svg").read_text() == picture.read_text()
+
+
+def test_wina_lossless(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256}))
+    wide.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = ["--texts", "1", "--prompts", "3", "--length", "8", "--tokens", "12", "--batch", "2"]
+    assert wina_lossless.main([str(tmp_path / "model"), *sizes, "--ways", "every step"]) == 0
+    printed = capsys.readouterr().out
+    assert "greedy, drafts read every step: 3 of 3 texts identical" in printed
+    assert "drawn, drafts read every step: 3 of 3 texts identical" in printed
 
 
 def test_int4_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

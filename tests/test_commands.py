@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from scrimp.benchmarks.peers.llama import write_gguf
 import scrimp
 from scrimp import cli
 from scrimp.methods.draft_training import Tuner
-from scrimp.methods.tree_decoding import HiddenTransfer, MedusaHeads
+from scrimp.methods.generation import decoder_model
+from scrimp.methods.tree_decoding import DraftMaps, HiddenTransfer, MedusaHeads
+from scrimp.methods.tree_decoding.maps import model_hash
 
 SIZES = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 640}
@@ -100,6 +103,33 @@ def test_generate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert any(line.split()[0] == "exact_head" and line.split()[-2] == "1" for line in said.err.splitlines())
 
 
+def test_generate_with_drafts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same text by every source; maps of another model are refused, with both hashes."""
+    asked = ["generate", str(folder), "--max-new-tokens", "12", "--threads", "1", "--prompt", "Hello", "--raw"]
+    assert cli.main(asked) == 0
+    expected = capsys.readouterr().out
+    model = scrimp.load(folder)[0]
+    maps = DraftMaps("hidden", 1, torch.randn(2, 32, 32), torch.randn(2, 32), model_hash(decoder_model(model)), "tiny")
+    maps.save(tmp_path / "maps")
+    assert cli.main([*asked, "--draft", "lookup", "ngram", "recycling", str(tmp_path / "maps")]) == 0
+    said = capsys.readouterr()
+    assert said.out == expected
+    assert "tokens a step; guesses that were right: lookup " in said.err
+    assert cli.main([*asked, "--draft", "early-exit:1", f"model:{folder}"]) == 0
+    assert capsys.readouterr().out == expected
+    replace(maps, weight_hash="a" * 32).save(tmp_path / "other")
+    for word, message in (
+        ("other", f"these are for weights {'a' * 32} (tiny), but this model's are {maps.weight_hash}; train others"),
+        ("none", "there is no such file; sources are lookup, ngram, recycling, early-exit:N, model:MODEL, FILE"),
+        ("early-exit:9", "EarlyExit: layer 8 of a model with 2 layers"),
+    ):
+        assert cli.main([*asked, "--draft", word if ":" in word else str(tmp_path / word)]) == 2
+        said = capsys.readouterr()
+        assert message in said.err
+        assert said.err.strip().count("\n") == 0
+        assert said.out == ""
+
+
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, message in (
         ((folder,), "give the prompt by --prompt TEXT or by --file FILE"),
@@ -164,6 +194,22 @@ def test_train_draft(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         draft = scrimp.tree_decoding(source(out))
         plain = scrimp.generate(model, "The quick", tokenizer, max_new_tokens=9)
         assert scrimp.generate(model, "The quick", tokenizer, max_new_tokens=9, draft=draft) == plain
+
+
+def test_train_draft_on_answers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "maps"
+    prompts.write_text("".join(f"What is {i} and {i}?\n\n" for i in range(5)))
+    asked = ["train-draft", str(folder), "--out", str(out), "--threads", "1", "--prompts", str(prompts)]
+    assert cli.main([*asked, "--length", "20", "--steps", "2", "--vocabulary", "99"]) == 0
+    assert "guesses are among 99 of 256 tokens, " in capsys.readouterr().out
+    assert len(DraftMaps.load(out).tokens) == 99
+    assert cli.main([*asked, "--length", "20", "--steps", "0", "--vocabulary", "0", "--kind", "medusa"]) == 0
+    assert DraftMaps.load(out).tokens is None
+    assert cli.main([*asked, "--generated"]) == 2
+    assert "--prompts goes without --text, --heldout and --generated" in capsys.readouterr().err
+    prompts.write_text("One.\n")
+    assert cli.main([*asked, "--length", "20"]) == 2
+    assert "1 of 1 answers are long enough, which leaves none to judge by" in capsys.readouterr().err
 
 
 def test_train_draft_goes_on(

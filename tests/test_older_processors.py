@@ -53,6 +53,11 @@ for dtype in (torch.float32, torch.bfloat16):
 numbers = (torch.tensor([0.0, 5.0, 9.0]), torch.arange(3), torch.arange(3), 90, 0.9, 0.01)
 args = (*(a.round() for a in head), *numbers)  # of integers, whose sums are exact
 assert torch.equal(OPS["vq_sample"].call(*args), OPS["vq_sample"].reference(*args))
+whole = (torch.randint(-3, 4, (5, 40)), torch.randint(-3, 4, (2, 77, 20)))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    args = (*(a.to(dtype) for a in whole), torch.randint(9, (2, 77)).float(), 5, True, True)
+    for got, expected in zip(OPS["codebook_topk"].call(*args), OPS["codebook_topk"].reference(*args), strict=True):
+        assert torch.equal(got, expected)
 found = scrimp.ops.vertical_slash_index(q, k, torch.tensor([8, 0]).int(), torch.tensor([5, 9]).int())
 found.validate()
 print("ran on", isa.rstrip(")"))

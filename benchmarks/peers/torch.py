@@ -36,6 +36,16 @@ def exact_head(x: Tensor, heads: Iterator[Tensor], k: int) -> Peer:
     return Peer(lambda: functional.linear(x, next(heads)).topk(k))
 
 
+def codebook_topk(x: Tensor, turns: Iterator[Tensor], k: int) -> Peer:
+    """All scores, topk, a gather and its mean; scores that round alike (bf16) may choose other codes."""
+
+    def call() -> Tensor:
+        codebook = next(turns)
+        return codebook[(x @ codebook.T).topk(k).indices].mean(1)
+
+    return Peer(call, same=x.dtype == torch.float32)
+
+
 def linear(x: Tensor, turns: Iterator[list[Tensor]], added: Tensor | None) -> Peer:
     """One F.linear for each weight, as a model calls them; their results stay apart."""
 

@@ -4,10 +4,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/gate_rows.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
-static Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh) {
+Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh) {
   return gate_rows("gelu_mul", gate, up, tanh ? SCRIMP_KERNEL(gelu_mul_tanh) : SCRIMP_KERNEL(gelu_mul_erf));
 }
 

@@ -4,17 +4,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "common/check.h"
 #include "common/float_dtype.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -43,7 +42,6 @@ struct Problem {
     for (const auto* tensor : {&zeros, &codebook, &permutation, &bias}) {
       SCRIMP_CHECK(!*tensor || (*tensor)->is_cpu(), "int4_linear: a tensor is not on the CPU");
     }
-    SCRIMP_CHECK(x.dim() >= 1, "int4_linear: x must be [..., inputs], got a scalar");
     SCRIMP_CHECK(float_type(x), "int4_linear: x must be float32, bfloat16 or float16 on the CPU");
     SCRIMP_CHECK(qweight.scalar_type() == ScalarType::Byte, "int4_linear: qweight must be uint8");
     SCRIMP_CHECK(float_type(scales), "int4_linear: scales must be float32, bfloat16 or float16 on the CPU");
@@ -83,34 +81,11 @@ struct Problem {
   }
 };
 
-// Cuts one allocation into arrays, each on a cache line of its own.
-class Memory {
- public:
-  template <class T>
-  int64_t reserve(int64_t count) {
-    const int64_t at = size_;
-    size_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return at;
-  }
-  void allocate() {
-    data_.reset(static_cast<char*>(std::aligned_alloc(64, size_)));
-    if (!data_) throw std::bad_alloc();
-  }
-  template <class T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(data_.get() + offset);
-  }
-
- private:
-  std::unique_ptr<char, void (*)(void*)> data_{nullptr, std::free};
-  int64_t size_ = 64;
-};
-
 static const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 // Rows [first, first + rows): x is packed once, then panels of outputs are computed.
-static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_t rows, const void* codebook,
-                     const Tensor& out) {
+static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_t rows, const void* codebook, char* out,
+                     int64_t out_stride) {
   const int64_t block = p.group == p.K ? kInt4Chunk : std::min(p.group, kInt4Chunk);
   const int64_t chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk;
   const int64_t blocks = (p.K + block - 1) / block, outputs = rows == 1 && !p.int8 ? kInt4RowPanel : kInt4Panel;
@@ -126,6 +101,9 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const int64_t ordered = chunks * kInt4Chunk, scratch_size = std::max(int4_scratch(rows, blocks), ordered);
   const int64_t scratch = memory.reserve<float>(workers * scratch_size);
   memory.allocate();
+  for (const int64_t padded : {sums, scales}) {  // read with the last block: a denormal there would cost an assist
+    std::fill_n(memory.at<float>(padded) + blocks * rows, kInt4Groups, 0.0f);
+  }
 
   const auto type = *float_type(p.x);
   const Int4Rows packed{.rows = rows,
@@ -175,20 +153,17 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
             .kind = p.kind,
             .codebook = codebook,
             .bias = bias ? bias + n * x_size : nullptr,
-            .out = static_cast<char*>(out.data_ptr()) + (first * p.N + n) * x_size,
-            .out_stride = p.N,
+            .out = out + (first * out_stride + n) * x_size,
+            .out_stride = out_stride,
             .type = type,
             .scratch = memory.at<float>(scratch) + worker * scratch_size});
   });
 }
 
-static Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                          const std::optional<Tensor>& zeros, const std::optional<Tensor>& codebook,
-                          const std::optional<Tensor>& permutation, const std::optional<Tensor>& bias,
-                          int64_t group_size, int64_t zero_kind, int64_t mode) {
-  SCRIMP_CHECK(0 <= zero_kind && zero_kind <= 3, "int4_linear: zero_kind=", zero_kind, " must be 0 to 3");
-  SCRIMP_CHECK(mode == 0 || mode == 1, "int4_linear: mode=", mode, " must be 0 or 1");
-  SCRIMP_CHECK(qweight.dim() == 2, "int4_linear: qweight must be [N, K/2], got shape ", shape_text(qweight));
+void int4_linear_to(const Tensor& out, const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                    const std::optional<Tensor>& zeros, const std::optional<Tensor>& codebook,
+                    const std::optional<Tensor>& permutation, const std::optional<Tensor>& bias, int64_t group_size,
+                    int64_t zero_kind, int64_t mode) {
   const auto contiguous = [](const std::optional<Tensor>& tensor) {
     return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
   };
@@ -213,16 +188,28 @@ static Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& 
     std::copy_n(static_cast<const int8_t*>(entries), 16, book);
     entries = book;
   }
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = p.N;
-  const Tensor out = torch::stable::new_empty(x, shape);
   int64_t M = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) M *= shape[i];
-  if (M == 0 || p.N == 0) return out;
+  for (int64_t dim = 0; dim + 1 < out.dim(); ++dim) M *= out.size(dim);
+  if (M == 0 || p.N == 0) return;
   const Rows rows(x);
+  const int64_t stride = out.dim() > 1 ? out.stride(out.dim() - 2) : p.N;
   for (int64_t row = 0; row < M; row += kInt4Rows) {
-    multiply(p, rows, row, std::min(kInt4Rows, M - row), entries, out);
+    multiply(p, rows, row, std::min(kInt4Rows, M - row), entries, static_cast<char*>(out.data_ptr()), stride);
   }
+}
+
+static Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                          const std::optional<Tensor>& zeros, const std::optional<Tensor>& codebook,
+                          const std::optional<Tensor>& permutation, const std::optional<Tensor>& bias,
+                          int64_t group_size, int64_t zero_kind, int64_t mode) {
+  SCRIMP_CHECK(0 <= zero_kind && zero_kind <= 3, "int4_linear: zero_kind=", zero_kind, " must be 0 to 3");
+  SCRIMP_CHECK(mode == 0 || mode == 1, "int4_linear: mode=", mode, " must be 0 or 1");
+  SCRIMP_CHECK(qweight.dim() == 2, "int4_linear: qweight must be [N, K/2], got shape ", shape_text(qweight));
+  SCRIMP_CHECK(x.dim() >= 1, "int4_linear: x must be [..., inputs], got a scalar");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = qweight.size(0);
+  const Tensor out = torch::stable::new_empty(x, shape);
+  int4_linear_to(out, x, qweight, scales, zeros, codebook, permutation, bias, group_size, zero_kind, mode);
   return out;
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/dispatch.h"
 #include "common/float_type.h"
+#include "common/int4.h"
 
 namespace scrimp {
 
@@ -14,8 +15,6 @@ constexpr int64_t kInt4RowPanel = 16;   // the same for one row in exact mode
 constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
 constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
 constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch
-
-enum class Int4Zeros : int { none, shift, offset };  // c[q] s, (q - z) s, q s + z
 
 // Rows of x made ready for `int4_panel`. A block is 16, 32, 64 or 128 columns, 128 where a row of the weight is one
 // group; columns behind the last one are zeros. The arrays of blocks may be read kInt4Groups behind their end.

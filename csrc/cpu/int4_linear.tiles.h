@@ -42,21 +42,6 @@ void add_tile(const Block& b, const float* weights, const float* x) {
   });
 }
 
-SCRIMP_INLINE IntVec broadcast_word(const void* p) {
-  int32_t word;
-  memcpy(&word, p, sizeof word);
-  return IntVec{} + word;
-}
-
-// What a block adds to an output but for the scale of x, as the contract of int8 mode says: every operation is rounded
-// by itself.
-template <Int4Zeros Kind>
-SCRIMP_INLINE Vec term(Vec dot, Vec scale, Vec zero, Vec sum) {
-  if constexpr (Kind == Int4Zeros::shift) return (dot - zero * sum) * scale;
-  if constexpr (Kind == Int4Zeros::offset) return dot * scale + zero * sum;
-  return dot * scale;
-}
-
 // totals += t (scale of x)
 template <int C, Int4Zeros Kind, class Sums>
 void add_tile(const Block& b, const uint32_t* weights, const int8_t* x, const float* x_scales, const int32_t* starts) {

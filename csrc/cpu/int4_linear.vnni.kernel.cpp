@@ -12,9 +12,6 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr float kSmallest = 0x1p-100f;  // a block of x below it counts as zero
-constexpr uint32_t kInfinityBits = 0x7f800000;
-
 typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
 typedef uint16_t PairVec __attribute__((vector_size(kLanes)));
 typedef uint8_t PairHalf __attribute__((vector_size(kLanes / 2)));
@@ -41,21 +38,13 @@ const float* ordered(const Int4Row& row) {
 // in *scale.
 template <int Span>
 float quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, float* scale) {
-  BitsVec bits{};
-  for (int64_t k = begin; k < begin + columns; k += kLanes) {
-    const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
-    bits = some > bits ? some : bits;
-  }
-  const float largest = fold_lanes((Vec)bits, [](Vec a, Vec b) { return (BitsVec)a > (BitsVec)b ? a : b; });
-  uint32_t most;
-  memcpy(&most, &largest, sizeof most);
-  const bool usable = most < kInfinityBits && largest >= kSmallest;
-  *scale = most >= kInfinityBits ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
-  if (!usable) return 0.0f;
-  const Vec steps = broadcast(127.0f / largest), magic = broadcast(12582912.0f);  // 1.5 * 2^23 rounds to integers
+  const Steps found = steps_of(x + begin, columns);
+  *scale = found.scale;
+  if (!found.usable) return 0.0f;
+  const Vec steps = broadcast(found.steps);
   Vec sum{};
   for (int64_t k = begin; k < begin + columns; k += kLanes) {
-    const Vec rounded = (load(x + k) * steps + magic) - magic;
+    const Vec rounded = round_steps(load(x + k), steps);
     sum += rounded;
     const auto pairs = (PairVec) __builtin_convertvector(__builtin_convertvector(rounded, IntVec), QuarterVec);
     const PairHalf even = __builtin_convertvector(pairs & 0xff, PairHalf);

@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -172,8 +173,8 @@ static void many_rows(const Problem& p, const Tensor& out) {
   });
 }
 
-static Tensor linear(const Tensor& x, const Tensors& weights, const OptionalTensors& biases,
-                     const std::optional<Tensor>& residual) {
+Tensor linear(const Tensor& x, const Tensors& weights, const OptionalTensors& biases,
+              const std::optional<Tensor>& residual) {
   check(x, weights, biases, residual);
   const Problem problem(x, weights, biases, residual);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

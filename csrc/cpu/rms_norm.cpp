@@ -7,12 +7,13 @@
 
 #include "common/check.h"
 #include "common/rows.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
 using torch::headeronly::ScalarType;
 
-static Tensor rms_norm(const Tensor& x, const Tensor& weight_any, double eps) {
+Tensor rms_norm(const Tensor& x, const Tensor& weight_any, double eps) {
   const auto dtype = x.scalar_type();
   SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                "rms_norm: x must be float32 or bfloat16 on the CPU");

@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/rows.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -26,9 +27,9 @@ static void check_cache(const char* name, const Tensor& cache) {
                  " in dimension ", i);
 }
 
-static Tensor rotary_append(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& cos_any,
-                            const Tensor& sin_any, const Tensor& positions_any, const Tensor& start_any,
-                            const Tensor& k_cache, const Tensor& v_cache) {
+Tensor rotary_append(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& cos_any,
+                     const Tensor& sin_any, const Tensor& positions_any, const Tensor& start_any, const Tensor& k_cache,
+                     const Tensor& v_cache) {
   const auto dtype = q_any.scalar_type();
   SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                "rotary_append: q must be float32 or bfloat16 on the CPU");

@@ -4,10 +4,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/gate_rows.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
-static Tensor silu_mul(const Tensor& gate, const Tensor& up) {
+Tensor silu_mul(const Tensor& gate, const Tensor& up) {
   return gate_rows("silu_mul", gate, up, SCRIMP_KERNEL(silu_mul));
 }
 

@@ -8,20 +8,19 @@
 #include <optional>
 #include <vector>
 
+#include "common/channel_list.h"
 #include "common/float_dtype.h"
 #include "common/rows.h"
 
 namespace scrimp {
 
-using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kRun = 16384;      // outputs of a channel that a thread reads in one go, where rows are few
 constexpr int64_t kSums = 4 * kRun;  // outputs times rows that are in the cache at once
 constexpr int64_t kAlone = 1 << 17;  // bytes of weights below which a second thread does not pay
 
-static void check(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count,
-                  const OptionalTensor& bias, const OptionalTensor& residual) {
+static void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
   SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "sparse_linear: x must be [.., K] on the CPU");
   const auto fits = [&](const Tensor& tensor) { return tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(); };
   const int64_t K = x.size(x.dim() - 1);
@@ -30,11 +29,6 @@ static void check(const Tensor& x, const Tensor& weight, const Tensor& index, co
                shape_text(weight));
   const int64_t N = weight.size(1);
   SCRIMP_CHECK(N <= 1 || weight.stride(1) == 1, "sparse_linear: the outputs of a channel must be adjacent");
-  const auto is_list = [](const Tensor& tensor) {
-    return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Int && tensor.dim() == 1;
-  };
-  SCRIMP_CHECK(is_list(index) && index.size(0) <= K, "sparse_linear: index must be int32 [at most ", K, "] on the CPU");
-  SCRIMP_CHECK(is_list(count) && count.size(0) == 1, "sparse_linear: count must be int32 [1] on the CPU");
   SCRIMP_CHECK(!bias || (fits(*bias) && bias->dim() == 1 && bias->size(0) == N),
                "sparse_linear: bias must be on the CPU, of the dtype of x and [", N, "]");
   if (!residual) return;
@@ -44,27 +38,14 @@ static void check(const Tensor& x, const Tensor& weight, const Tensor& index, co
                " and N=", N, ", or another device or dtype");
 }
 
-// How many channels are listed; a list that does not ascend within K is an error.
-static int64_t check_list(const Tensor& index, const Tensor& count, int64_t K) {
-  const int64_t listed = *static_cast<const int32_t*>(count.data_ptr());
-  SCRIMP_CHECK(listed >= 0 && listed <= index.size(0), "sparse_linear: count=", listed, " is not within a list of ",
-               index.size(0));
-  const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
-  if (listed == 0) return 0;
-  bool ascends = list[0] >= 0 && list[listed - 1] < K;
-  for (int64_t j = 1; j < listed; ++j) ascends &= list[j - 1] < list[j];
-  SCRIMP_CHECK(ascends, "sparse_linear: index does not ascend within [0, ", K, ")");
-  return listed;
-}
-
 static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index_any, const Tensor& count,
                             const OptionalTensor& bias_any, const OptionalTensor& residual) {
   const std::optional<FloatType> type = float_type(x);
   SCRIMP_CHECK(type, "sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
-  check(x, weight, index_any, count, bias_any, residual);
+  check(x, weight, bias_any, residual);
   const int64_t K = weight.size(0), N = weight.size(1), size = x.element_size();
   const Tensor index = as_contiguous(index_any);
-  const int64_t listed = check_list(index, count, K);
+  const int64_t listed = check_list("sparse_linear", index, count, K);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
   const Tensor out = torch::stable::new_empty(x, shape);

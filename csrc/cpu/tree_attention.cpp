@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -90,9 +91,9 @@ static std::vector<Group> find_groups(const int32_t* prefix, int64_t B, int64_t 
   return groups;
 }
 
-static std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-                                                 const Tensor& prefix_any, const std::optional<Tensor>& ancestors_any,
-                                                 int64_t window, double scale) {
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
+                                          const Tensor& prefix_any, const std::optional<Tensor>& ancestors_any,
+                                          int64_t window, double scale) {
   check_tensors(q_any, k_any, v_any, prefix_any, ancestors_any);
   SCRIMP_CHECK(window >= 0, "tree_attention: window=", window, " must not be negative");
   SCRIMP_CHECK(window == 0 || !ancestors_any, "tree_attention: window=", window,

@@ -7,6 +7,7 @@ from ._registry import implementations, which
 from .head_screen import HeadScreen
 from .int4_weight import Int4Weight
 from .loading import load
+from .methods.codebook import add_codebooks, remove_codebooks
 from .methods.generation import KVCache, generate
 from .methods.head_patterns import HeadPatterns
 from .methods.heads import compress_head
@@ -28,6 +29,7 @@ __all__ = [
     "KVCache",
     "SparsePlan",
     "__version__",
+    "add_codebooks",
     "calibrate",
     "compress_head",
     "generate",
@@ -35,6 +37,7 @@ __all__ = [
     "load",
     "ops",
     "quantize",
+    "remove_codebooks",
     "sparsify",
     "tree_decoding",
     "which",

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 
 ISAS = ("portable", "avx2", "avx512", "avx512vnni")
-VNNI_OPS = ("exact_head", "int4_linear")  # with a copy of their kernels for the last one (csrc/cpu/*.vnni.kernel.cpp)
+# with a copy of their kernels for the last one (csrc/cpu/*.vnni.kernel.cpp)
+VNNI_OPS = ("exact_head", "int4_linear", "int4_sparse_linear")
 
 _library = torch.library.Library("scrimp", "FRAGMENT")
 _library.define("_set_isa(int isa) -> int")

@@ -126,9 +126,9 @@ def test_prompts_are_read_sparsely_where_configured(model: PreTrainedModel, monk
     seen: list[Any] = []
     advance = forward.advance
 
-    def watched(*args: Any) -> torch.Tensor:
+    def watched(*args: Any, **more: Any) -> torch.Tensor:
         seen.append(args[5])
-        return advance(*args)
+        return advance(*args, **more)
 
     monkeypatch.setattr(forward, "advance", watched)
     ids = torch.randint(6, 97, (1, 520))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from scrimp.methods.draft_training import Counter, FrozenModel, Moments, Tuner, Tuning, stages
 from scrimp.methods.draft_training.tuning import divergence
+from scrimp.methods.generation import generate
 from scrimp.methods.tree_decoding.maps import units
 
 D, V = 24, 32
@@ -167,12 +168,35 @@ def test_accuracy_counts_what_is_right() -> None:
     assert (second.offset, second.top[0], second.same) == (3, 0.0, 0.0)
 
 
+def test_texts_are_judged_from_a_row_on() -> None:
+    model, tokens = FrozenModel(llama()), texts(1)[0]
+    for first, guesses in ((0, 10), (10, 7), (38, 0), (40, 0)):  # every fourth of rows that two tokens and one follow
+        counter = Counter(model, 1, maps())
+        found = stages.judge([stages.Held(tokens, first)], model, {"a": counter}, 2, lambda: None)
+        assert [each.guesses for each in found["a"]] == [guesses] * 2
+
+
 def test_generated_texts_begin_as_given() -> None:
     model, given = llama(), texts(3, 40)
     found = stages.generated(model, given, lambda: None)
     assert [len(text) for text in found] == [40] * 3
     assert all(torch.equal(a[: stages.START], b[: stages.START]) for a, b in zip(found, given, strict=True))
     assert not torch.equal(found[0], given[0])
+
+
+def test_answers_follow_their_prompts() -> None:
+    model, prompts = llama(), [[1, 2, 3], [4] * 9]
+    found = stages.answered(model, prompts, 12, lambda: None)
+    for prompt, text in zip(prompts, found, strict=True):
+        assert text.tolist() == prompt + generate(model, prompt, max_new_tokens=12).tokens
+
+
+def test_the_commonest_tokens() -> None:
+    given = [torch.tensor([7, 7, 5, 3]), torch.tensor([7, 3, 9])]
+    assert stages.frequent(given, V, 2).tolist() == [3, 7]
+    assert stages.frequent(given, V, 5).tolist() == [0, 3, 5, 7, 9]
+    assert stages.frequent(given, V, 5).dtype == torch.int32
+    assert stages.frequent(given, V, 0) is stages.frequent(given, V, V) is None
 
 
 def test_models_that_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,22 @@ def one_by_one(cache: KVCache, b: int, tokens: list[int]) -> Tensor:
         fed[b] = token
         found.append(forward.logits(cache.model, step(cache, fed))[b, 0].clone())
     return torch.stack(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@torch.inference_mode()
+def test_layers_in_one_call_have_the_bits_of_their_ops(tiny: Tiny, family: str) -> None:
+    model = decoder_model(tiny(family))
+    assert model.packed(range(len(model.layers))) is not None
+    apart = replace(model, packing=False)
+    assert apart.packed(range(len(model.layers))) is None
+    prompts = [prompt(9), prompt(21, 1)]
+    one, other = filled(model, prompts, 40), filled(apart, prompts, 40)
+    for token in (3, 200, 17):
+        state, expected = step(one, [token, token + 1]), step(other, [token, token + 1])
+        assert torch.equal(state, expected)
+    for b, tokens in enumerate(one.tokens):
+        assert torch.equal(one.memory[:, :, b, :, : len(tokens)], other.memory[:, :, b, :, : len(tokens)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -139,9 +156,9 @@ def test_what_is_kept_is_not_read_again(tiny: Tiny, monkeypatch: pytest.MonkeyPa
     spans: list[tuple[int, int]] = []
     advance = forward.advance
 
-    def watched(cache: KVCache, b: int, tokens: Tensor, first: int, *rest: object) -> Tensor:
+    def watched(cache: KVCache, b: int, tokens: Tensor, first: int, *rest: object, **more: object) -> Tensor:
         spans.append((first, first + tokens.shape[1]))
-        return advance(cache, b, tokens, first, *rest)  # type: ignore[arg-type]
+        return advance(cache, b, tokens, first, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(forward, "advance", watched)
     cache, text = KVCache(model, 1, 1200), prompt(1200, 8)

@@ -1,4 +1,4 @@
-"""What several commands share: threads, dtype, attention budgets."""
+"""What several commands share: threads, dtype, prompts, attention budgets."""
 
 import argparse
 from collections.abc import Iterator
@@ -28,6 +28,15 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def prompt_tokens(tokenizer: Any, text: str, raw: bool) -> list[int]:
+    """A prompt as the model was taught to read one, unless `raw`."""
+    if not raw and tokenizer.chat_template is not None:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def budget(model: Any, name: str | None, file: Path | None) -> Any:

@@ -11,7 +11,7 @@ from ..loading import load
 from ..methods.generation import KVCache, Settings, decoder_model, stream
 from ..methods.generation.split import STEPS, measure
 from ..methods.heads import compress_head
-from . import common
+from . import common, drafts
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -27,13 +27,14 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.head is not None:
             compress_head(model, arguments.head)
         view = decoder_model(model)
-        tokens = _tokens(tokenizer, text, arguments.raw)
+        tokens = common.prompt_tokens(tokenizer, text, arguments.raw)
         settings = _settings(arguments, model)
+        draft = drafts.named(arguments.draft, view) if arguments.draft else None
         room = settings.max_new_tokens + (2 * STEPS if arguments.split else 0)
         cache = KVCache(view, 1, max(1, min(view.context, len(tokens) + room)))
         start = time.perf_counter()
         first, count, reason = start, 0, None
-        for piece in stream(view, [tokens], tokenizer, cache=cache, **vars(settings)):
+        for piece in stream(view, [tokens], tokenizer, cache=cache, draft=draft, **vars(settings)):
             if not count:
                 first = time.perf_counter()
             count, reason = count + 1, piece.reason
@@ -43,6 +44,8 @@ def main(arguments: argparse.Namespace) -> int:
         rate = f"{(count - 1) / (end - first):.1f} tokens/s" if count > 1 else "one token"
         said = f"prompt {len(tokens)} tokens in {first - start:.2f} s; {count} new tokens, {rate}; ended by {reason}"
         print(said, file=sys.stderr)
+        if draft is not None:
+            print(drafts.said(draft), file=sys.stderr)
         if arguments.split:
             print("\n".join(measure(cache, tokens[-1]).lines()), file=sys.stderr)
     return 0
@@ -54,15 +57,6 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
         return str(arguments.prompt)
     return sys.stdin.read() if str(arguments.file) == "-" else Path(arguments.file).read_text("utf-8")
-
-
-def _tokens(tokenizer: Any, text: str, raw: bool) -> list[int]:
-    """The prompt as the model was taught to read one, unless `raw`."""
-    if not raw and tokenizer.chat_template is not None:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _settings(arguments: argparse.Namespace, model: Any) -> Settings:
@@ -91,5 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", choices=("exact",), help="find the best tokens by a screen of the head: the same text"
     )
+    drafts.add_arguments(parser)
     parser.add_argument("--split", action="store_true", help="then say where a decoding step's time goes")
     common.add_arguments(parser)

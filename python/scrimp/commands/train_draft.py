@@ -31,14 +31,16 @@ def main(arguments: argparse.Namespace) -> int:
     for file in (arguments.out, arguments.json):
         if file is not None and not file.resolve().parent.is_dir():
             raise ValueError(f"the folder of {file} does not exist")
-    if arguments.ahead < 1 or arguments.texts < 1 or arguments.judged < 1:
-        raise ValueError("--ahead, --texts and --judged must be at least 1")
+    if arguments.ahead < 1 or arguments.texts < 1 or arguments.judged < 1 or arguments.vocabulary < 0:
+        raise ValueError("--ahead, --texts and --judged must be at least 1, --vocabulary at least 0")
+    if arguments.prompts and (arguments.text or arguments.heldout or arguments.generated):
+        raise ValueError("--prompts goes without --text, --heldout and --generated")
     tuning = Tuning(arguments.steps, arguments.minutes, arguments.rows, arguments.rate)
     with common.threads(arguments.threads):
         model, tokenizer = load(named_model(arguments.model))
         frozen = FrozenModel(model)
         layer, sweep = _layers(arguments, frozen.depth)
-        texts, held = _texts(arguments, tokenizer)
+        texts, held = _answers(arguments, model, tokenizer) if arguments.prompts else _texts(arguments, tokenizer)
         if arguments.generated:
             with _bar(len(texts), "generating", "text") as bar:
                 texts = stages.generated(model, texts, bar.update)
@@ -56,7 +58,7 @@ def _train(
     layer: int,
     sweep: Sequence[int],
     texts: Sequence[Tensor],
-    held: Sequence[Tensor],
+    held: Sequence[stages.Held],
 ) -> Figures:
     k, out = arguments.ahead, arguments.out
     unfinished = out.with_name(f"{out.name}.training")
@@ -83,12 +85,16 @@ def _train(
             bar.update()
 
         tuner.run(texts, unfinished, tick)
-    maps = stages.finished(model, layer, tuner.maps, arguments.model)
+    tokens = stages.frequent(texts, model.view.vocabulary, arguments.vocabulary)
+    maps = stages.finished(model, layer, tuner.maps, arguments.model, tokens)
     maps.save(out)
     unfinished.unlink(missing_ok=True)
     if tuner.step:
         tuned = Counter(model, layer, (maps.weight, maps.bias), layer < model.depth)
         figures |= _judged(model, held, {f"{tuner.step} steps": tuned}, k)
+    if tokens is not None:
+        share = float(torch.isin(torch.cat([text.tokens[text.first :] for text in held]), tokens).double().mean())
+        print(f"guesses are among {len(tokens)} of {model.view.vocabulary} tokens, {share:.1%} of the held-out ones")
     print(f"written: {out} ({maps.kind}, layer {layer} of {model.depth}, weights {maps.weight_hash})")
     return figures
 
@@ -108,7 +114,7 @@ def _layers(arguments: argparse.Namespace, depth: int) -> tuple[int, list[int]]:
     return layer, sweep
 
 
-def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor], list[stages.Held]]:
     """Windows to train on, and held-out ones."""
     if not arguments.text:
         if arguments.heldout:
@@ -122,7 +128,23 @@ def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Tensor],
             raise ValueError(f"the texts make one window of {arguments.length} tokens, which leaves none to judge by")
         else:
             trained, held = trained.split([len(trained) - (len(trained) + 9) // 10, (len(trained) + 9) // 10])
-    return list(trained[: arguments.texts]), list(held[: arguments.judged])
+    return list(trained[: arguments.texts]), [stages.Held(text) for text in held[: arguments.judged]]
+
+
+def _answers(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[Tensor], list[stages.Held]]:
+    """The model's answers to the prompts; every tenth is held out, and judged after its prompt."""
+    lines = [line for file in arguments.prompts for line in file.read_text("utf-8").splitlines() if line.strip()]
+    prompts = [common.prompt_tokens(tokenizer, line, raw=False) for line in lines[: arguments.texts]]
+    with _bar(len(prompts), "answering", "prompt") as bar:
+        found = stages.answered(model, prompts, arguments.length, bar.update)
+    pairs = [
+        stages.Held(text, len(prompt) - 1)
+        for prompt, text in zip(prompts, found, strict=True)
+        if len(text) > arguments.ahead + 1
+    ]
+    if len(pairs) < 2:
+        raise ValueError(f"{len(pairs)} of {len(lines)} answers are long enough, which leaves none to judge by")
+    return [text.tokens for i, text in enumerate(pairs) if i % 10], pairs[::10][: arguments.judged]
 
 
 def _windows(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
@@ -133,7 +155,7 @@ def _windows(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def _judged(model: FrozenModel, held: Sequence[Tensor], counters: dict[str, Counter], k: int) -> Figures:
+def _judged(model: FrozenModel, held: Sequence[stages.Held], counters: dict[str, Counter], k: int) -> Figures:
     """Judges and prints a table."""
     with _bar(len(held), "judging", "text") as bar:
         figures = stages.judge(held, model, counters, k, bar.update)
@@ -164,6 +186,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="texts (UTF-8); default: Python's topics")
     parser.add_argument("--heldout", type=Path, nargs="+", metavar="FILE", help="to judge by; default: a tenth of them")
     parser.add_argument("--generated", action="store_true", help="train on what the model writes after their starts")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", metavar="FILE", help="train on the model's answers to these, one a line"
+    )
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text (default 512)")
     parser.add_argument("--texts", type=int, default=1000, metavar="N", help="texts to train on (default 1000)")
     parser.add_argument("--judged", type=int, default=16, metavar="N", help="held-out texts to judge by (default 16)")
@@ -176,6 +201,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, metavar="M", help="of tuning at most, in a thread's processor time")
     parser.add_argument(
         "--rows", type=int, default=128, metavar="N", help="rows of a text tuned in a step (default 128)"
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=8192, metavar="N", help="guess among the N commonest tokens (8192; 0: all)"
     )
     parser.add_argument("--rate", type=float, default=3e-4, metavar="R", help="learning rate (default 3e-4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")

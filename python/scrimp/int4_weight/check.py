@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 GROUP_SIZES = (16, 32, 64, 128)
+TILE = 128  # outputs of `Int4Channels` whose codes of a channel are 64 bytes side by side
 ZERO_KINDS = ("none8", "uint8", "float", "offset")
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,23 +35,68 @@ def check_layout(
     zero_kind: str,
 ) -> None:
     """Raises ValueError, beginning with `who`, unless shapes, types and devices fit together; reads no tensor."""
-    if zero_kind not in ZERO_KINDS:
-        raise ValueError(f"{who}: zero_kind={zero_kind!r} must be one of {', '.join(ZERO_KINDS)}")
     if qweight.dim() != 2:
         raise ValueError(f"{who}: qweight must be [N, K/2], got shape {list(qweight.shape)}")
-    _typed(who, "qweight", qweight, torch.uint8)
-    _typed(who, "scales", scales, *SCALE_DTYPES)
     N, K = qweight.shape[0], 2 * qweight.shape[1]
+    _typed(who, "qweight", qweight, torch.uint8)
+    _group_size(who, K, group_size)
+    rest = {"zeros": zeros, "codebook": codebook, "permutation": permutation}
+    _beside(who, K, (N, K // group_size), zero_kind, scales, **rest)
+    _one_device(who, qweight=qweight, scales=scales, **rest)
+
+
+def check_channels(
+    who: str,
+    *,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    permutation: Tensor | None,
+    group_size: int,
+    zero_kind: str,
+) -> None:
+    """The same for the tensors of `Int4Channels`."""
+    for name, tensor in (("codes", codes), ("scales", scales)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{who}: {name} must have two dimensions, got shape {list(tensor.shape)}")
+    K, N = codes.shape[0], scales.shape[1]
+    _typed(who, "codes", codes, torch.uint8)
+    _group_size(who, K, group_size)
+    _shaped(who, "codes", codes, K, -(-N // TILE) * (TILE // 2))
+    rest = {"zeros": zeros, "codebook": codebook, "permutation": permutation}
+    _beside(who, K, (K // group_size, N), zero_kind, scales, **rest)
+    _one_device(who, codes=codes, scales=scales, **rest)
+
+
+def _group_size(who: str, K: int, group_size: int) -> None:
     if group_size not in GROUP_SIZES and (group_size != K or K == 0):
         raise ValueError(f"{who}: group_size={group_size} must be 16, 32, 64, 128 or K={K}")
     if K % group_size:
         raise ValueError(f"{who}: K={K} is not a multiple of group_size={group_size}")
-    _shaped(who, "scales", scales, N, K // group_size)
+
+
+def _beside(
+    who: str,
+    K: int,
+    of_groups: tuple[int, int],
+    zero_kind: str,
+    scales: Tensor,
+    *,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    permutation: Tensor | None,
+) -> None:
+    """All but the codes of K columns; `of_groups` is the shape of scales."""
+    if zero_kind not in ZERO_KINDS:
+        raise ValueError(f"{who}: zero_kind={zero_kind!r} must be one of {', '.join(ZERO_KINDS)}")
+    _typed(who, "scales", scales, *SCALE_DTYPES)
+    _shaped(who, "scales", scales, *of_groups)
     if (zeros is None) != (zero_kind == "none8"):
         raise ValueError(f"{who}: zero_kind={zero_kind!r} {'takes no' if zeros is not None else 'needs'} zeros")
     if zeros is not None:
         _typed(who, "zeros", zeros, torch.uint8 if zero_kind == "uint8" else scales.dtype)
-        _shaped(who, "zeros", zeros, N, K // group_size)
+        _shaped(who, "zeros", zeros, *of_groups)
     if codebook is not None:
         if zero_kind != "none8":
             raise ValueError(f"{who}: a codebook has zero_kind='none8', got {zero_kind!r}")
@@ -59,9 +105,13 @@ def check_layout(
     if permutation is not None:
         _typed(who, "permutation", permutation, torch.int32)
         _shaped(who, "permutation", permutation, K)
-    for name, tensor in (("scales", scales), ("zeros", zeros), ("codebook", codebook), ("permutation", permutation)):
-        if tensor is not None and tensor.device != qweight.device:
-            raise ValueError(f"{who}: {name} is on {tensor.device}, but qweight on {qweight.device}")
+
+
+def _one_device(who: str, **tensors: Tensor | None) -> None:
+    (first_name, first), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{who}: {name} is on {tensor.device}, but {first_name} on {first.device}")
 
 
 def check_finite(who: str, name: str, tensor: Tensor) -> None:

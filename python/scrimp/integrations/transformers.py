@@ -42,7 +42,7 @@ from transformers.masking_utils import (
 from .. import ops
 from ..methods.attention_cost import AttentionCost
 from ..methods.generation import KVCache, Sampling, decoder_model, forward
-from ..methods.generation.loop import step
+from ..methods.generation.loop import Prompted, step, watching
 from ..methods.generation.sampling import choose
 from ..methods.head_patterns import HeadPatterns
 from ..methods.sparse_attention import sparse_prefill
@@ -287,11 +287,16 @@ def custom_generate(
     cache = KVCache(view, batch, room)
     known = _layers(model) if model.config._attn_implementation == NAME else []
     patterns = known[0].patterns if known else None
-    states = [forward.prefill(cache, b, p, panels=True, patterns=patterns) for b, p in enumerate(prompts)]
+    drafted = None if draft is None else draft.begin(view, cache)
+    how_read: dict[str, Any] = {"panels": True, "patterns": patterns}
+    watched = [watching(drafted) for _ in prompts]
+    states = [forward.prefill(cache, b, p, watched=watched[b], **how_read) for b, p in enumerate(prompts)]
     largest = _largest(generation_config, logits_processor)
     with torch.inference_mode():
-        logits = forward.logits(view, torch.cat(states), largest)[:, 0]  # type: ignore[arg-type]
-    ahead = None if draft is None else draft.lockstep(view, cache, prompts, largest)
+        state = torch.cat(states)  # type: ignore[arg-type]
+        logits = forward.logits(view, state, largest if drafted is None else drafted.wanted(largest))
+    ahead = None if drafted is None else drafted.lockstep(prompts, Prompted.gather(state, logits, watched), largest)
+    logits = logits[:, 0]
     seeds = (
         torch.randint(2**62, (batch,)).tolist() if seed is None else [seed] * batch if isinstance(seed, int) else seed
     )

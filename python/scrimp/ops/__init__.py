@@ -1,9 +1,12 @@
 """The ops: one file each, with schema, checks, fake, reference and the documented public function."""
 
 from .channel_select import channel_select
+from .codebook_topk import codebook_topk
+from .decoder_layers import decoder_layers
 from .exact_head import exact_head
 from .gelu_mul import gelu_mul
 from .int4_linear import int4_linear
+from .int4_sparse_linear import int4_sparse_linear
 from .kv_compact import kv_compact
 from .linear import linear
 from .merge_attention import merge_attention
@@ -20,9 +23,12 @@ from .vq_sample import vq_sample
 
 __all__ = [
     "channel_select",
+    "codebook_topk",
+    "decoder_layers",
     "exact_head",
     "gelu_mul",
     "int4_linear",
+    "int4_sparse_linear",
     "kv_compact",
     "linear",
     "merge_attention",

@@ -42,7 +42,8 @@ def vq_logits(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None = 
 
     Raises:
         ValueError: a rank, shape, stride, device or dtype that does not fit, with the value.
-        RuntimeError: a code that is no row of the codebook (ValueError by the reference).
+        RuntimeError: a code that is no row of the codebook (ValueError by the reference). On a GPU, where no value is
+            read on the host, the logits of its tokens are NaN instead.
 
     Source: VQ-Logits (2505.10202), scattered logits; the bias and sums of codes are ours.
 

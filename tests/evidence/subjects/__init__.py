@@ -14,12 +14,14 @@ from .subject import Case, Mutant, Subject, pairwise
 from .tree_accept import SUBJECT as tree_accept
 from .tree_attention import SUBJECT as tree_attention
 from .vertical_slash_index import SUBJECT as vertical_slash_index
+from .vq_logits import SUBJECT as vq_logits
+from .vq_sample import SUBJECT as vq_sample
 
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
         channel_select, gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append, silu_mul,
-        sparse_attention, tree_accept, tree_attention, vertical_slash_index,
+        sparse_attention, tree_accept, tree_attention, vertical_slash_index, vq_logits, vq_sample,
     )
 }  # fmt: skip
 

@@ -108,7 +108,15 @@ def test_broken_scores(shape: str) -> None:
 
 BAD = {
     "code": ({"codes": torch.tensor([0, 9, 3]).int(), "bias": None}, r"codes\[1\]=9 is not one of the 9 rows"),
+    "negative code": (
+        {"codes": torch.tensor([0, -1, 3]).int(), "bias": None},
+        r"codes\[1\]=-1 is not one of the 9 rows",
+    ),
+    "no codes": ({"codebook": torch.zeros(0, 5).double()}, "is not one of the 0 rows"),
     "codes": ({"codes": torch.tensor([0.5])}, "codes is float32; it must be int32"),
+    "integer h": ({"h": torch.zeros(2, 3, 5).int()}, "h is int32; it must be float32"),
+    "dtype of codebook": ({"codebook": torch.zeros(9, 5)}, "dtype of codebook is torch.float32"),
+    "dtype of bias": ({"bias": torch.zeros(50)}, "dtype of bias is torch.float32"),
     "target": ({"target": torch.tensor([[0, 1, 50], [0, 0, 0]])}, "target 50 is not one of the 50 tokens"),
     "negative target": ({"target": torch.full((2, 3), -1)}, "target -1 is not one of the 50 tokens"),
     "shape of target": ({"target": torch.zeros(6).long()}, r"target is int64 \[6\], expected int64 \[2, 3\]"),
@@ -123,6 +131,17 @@ def test_bad_input(case: str) -> None:
     changes, words = BAD[case]
     with pytest.raises(ValueError, match=f"vq_cross_entropy: .*{words}"):
         vq_cross_entropy(**(arguments((50,)) | changes))
+
+
+@pytest.mark.parametrize("codes", [(1,), (2, 1)])
+def test_one_token_of_one_code(codes: tuple[int, ...]) -> None:
+    """It is certain: no loss, no gradient."""
+    args = arguments((50,)) | {"codes": torch.zeros(codes, dtype=torch.int32), "target": torch.zeros(2, 3).long()}
+    args |= {name: args[name].detach()[:1].requires_grad_() for name in ("codebook", "bias")}
+    loss = vq_cross_entropy(**args)
+    torch.testing.assert_close(loss, torch.zeros_like(loss))
+    for grad in torch.autograd.grad(loss.sum(), [args["h"], args["codebook"], args["bias"]]):
+        torch.testing.assert_close(grad, torch.zeros_like(grad))
 
 
 def test_no_rows() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scrimp.benchmarks.tree_exact import Free
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import scrimp
 from scrimp.methods.generation import KVCache, decoder_model, stream
@@ -28,11 +28,10 @@ from scrimp.methods.tree_decoding import (
     TreeDecoding,
 )
 from scrimp.methods.tree_decoding.maps import model_hash
-from scrimp.testing import same_bits
+from scrimp.testing import random_llama, same_bits
 
 Tiny = Callable[[str], PreTrainedModel]
 DRAWN = {"temperature": 0.9, "seed": 11}
-SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
 
 
 class RandomDraft:
@@ -72,8 +71,7 @@ class RandomDraft:
 def model() -> PreTrainedModel:
     """Freshly made weights: the logits of all tokens nearly tie."""
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=3, max_position_embeddings=512, eos_token_id=None, **SIZES)
-    return LlamaForCausalLM(config).eval()
+    return random_llama(layers=3)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -263,11 +261,20 @@ def test_nan_logits_are_an_error(model: PreTrainedModel) -> None:
             scrimp.generate(broken, [1, 2], max_new_tokens=9, draft=draft)
 
 
+@pytest.mark.parametrize("make", [ModelDraft, SelfDraft])
+def test_drafts_that_are_nan_change_nothing(make: Any, model: PreTrainedModel) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+    draft = scrimp.tree_decoding(make(broken), RecyclingDraft(), cost=Free())
+    ids = prompts(3)
+    assert scrimp.generate(model, ids, max_new_tokens=12, draft=draft) == scrimp.generate(model, ids, max_new_tokens=12)
+
+
 def test_the_distribution_is_the_models() -> None:
     """Third tokens of 1,024 seeds on 8 tokens against the exact mixture over all first two tokens."""
     torch.manual_seed(2)
-    config = LlamaConfig(vocab_size=8, num_hidden_layers=1, eos_token_id=None, initializer_range=0.3, **SIZES)
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(8, 1, initializer_range=0.3)
     pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
     with torch.no_grad():
         chances = model(torch.cat([torch.tensor([[5, 2]]).expand(64, 2), pairs], 1)).logits.softmax(-1)

@@ -1,7 +1,9 @@
 """Draft maps: their file and its faults, what they compute, and the drafts that come of them."""
 
+import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from scrimp.benchmarks.tree_exact import Free
 from transformers import PreTrainedModel
 
 import scrimp
+from scrimp.integrations.transformers import custom_generate
 from scrimp.methods.generation import KVCache, decoder_model, forward
-from scrimp.methods.tree_decoding import DraftMaps, HiddenTransfer, MedusaHeads, ahead
+from scrimp.methods.tree_decoding import DraftMaps, HiddenTransfer, MedusaHeads, ahead, trained
 from scrimp.methods.tree_decoding.maps import FORMAT, model_hash
 from scrimp.methods.tree_decoding.sources.heads import _product
 from scrimp.methods.tree_decoding.tree import Tree, together
@@ -22,9 +25,12 @@ Tiny = Callable[[str], PreTrainedModel]
 D = 48
 
 
-def maps(model: PreTrainedModel, kind: Any = "hidden", layer: int = 1, k: int = 3) -> DraftMaps:
+def maps(
+    model: PreTrainedModel, kind: Any = "hidden", layer: int = 1, k: int = 3, tokens: list[int] | None = None
+) -> DraftMaps:
     weight, bias = torch.randn(k, D, D) / D**0.5, torch.randn(k, D)
-    return DraftMaps(kind, layer, weight, bias, model_hash(decoder_model(model)), "tiny")
+    some = None if tokens is None else torch.tensor(tokens, dtype=torch.int32)
+    return DraftMaps(kind, layer, weight, bias, model_hash(decoder_model(model)), "tiny", some)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,8 +47,9 @@ def test_what_maps_compute(dtype: torch.dtype, tiny: Tiny) -> None:
     assert own(torch.zeros(1, D)).isfinite().all()
 
 
-def test_a_file_and_back(tiny: Tiny, tmp_path: Path) -> None:
-    own = maps(tiny("llama"))
+@pytest.mark.parametrize("tokens", [None, [0, 7, 255]])
+def test_a_file_and_back(tokens: list[int] | None, tiny: Tiny, tmp_path: Path) -> None:
+    own = maps(tiny("llama"), tokens=tokens)
     own.save(tmp_path / "maps.safetensors")
     read = DraftMaps.load(tmp_path / "maps.safetensors")
     assert (read.kind, read.layer, read.offsets, read.weight_hash, read.model) == (
@@ -50,6 +57,7 @@ def test_a_file_and_back(tiny: Tiny, tmp_path: Path) -> None:
     )
     assert torch.equal(read.weight, own.weight)
     assert torch.equal(read.bias, own.bias)
+    assert (None if read.tokens is None else read.tokens.tolist()) == tokens
     trees = scrimp.tree_decoding(HiddenTransfer(tmp_path / "maps.safetensors"))
     plain = scrimp.generate(tiny("llama"), [1, 2], max_new_tokens=8)
     assert scrimp.generate(tiny("llama"), [1, 2], max_new_tokens=8, draft=trees) == plain
@@ -83,6 +91,7 @@ def test_the_hash_is_of_the_weights(tiny: Tiny) -> None:
             "after layer 2, but the model has 2 layers of 48",
         ),
         (lambda model: MedusaHeads(maps(model("llama"), "medusa", 1)), "medusa maps of 48 numbers after layer 1"),
+        (lambda model: HiddenTransfer(maps(model("llama"), tokens=[9, 256])), "token 256 of a model with 256"),
     ],
 )
 def test_maps_that_do_not_fit_the_model(source: Any, message: str, tiny: Tiny) -> None:
@@ -121,6 +130,8 @@ def damaged(path: Path, fault: str) -> Path:
             del tensors["bias"]
         elif fault == "shape":
             tensors["bias"] = tensors["bias"][:2].clone()
+        elif fault == "order":
+            tensors["tokens"] = torch.tensor([3, 3], dtype=torch.int32)
         elif fault == "dtype":
             tensors["weight"] = tensors["weight"].half()
         save_file(tensors, path, metadata={"other" if fault == "other format" else FORMAT: words})
@@ -143,6 +154,7 @@ def damaged(path: Path, fault: str) -> Path:
         ("no bias", "do not fit: 'bias'"),
         ("shape", r"weight \[3, 48, 48\] and bias \[2, 48\] must be \[k, d, d\] and \[k, d\]"),
         ("dtype", "weight must be float32, got torch.float16"),
+        ("order", r"tokens must be int32 \[n\], ascending, from 0 on"),
     ],
 )
 def test_damaged_files(fault: str, message: str, tiny: Tiny, tmp_path: Path) -> None:
@@ -209,18 +221,47 @@ def _by_the_models_code(model: PreTrainedModel, text: list[int], own: DraftMaps)
 def test_good_maps_save_steps(kind: Any, tiny: Tiny) -> None:
     """A model whose next token is a function of the last one: maps that know it are right every time."""
     model = successor_model(tiny("llama"))
-    view = decoder_model(model)
-    layer = 2 if kind == "medusa" else 1
-    shift = torch.eye(16).roll(1, 0)  # one-hot token -> next one
-    weight = torch.stack([torch.block_diag(torch.linalg.matrix_power(shift, i), torch.eye(32)) for i in (1, 2, 3)])
-    own = DraftMaps(kind, layer, weight, torch.zeros(3, D), model_hash(view))
-    source = MedusaHeads(own) if kind == "medusa" else HiddenTransfer(own)
-    draft = scrimp.tree_decoding(source, cost=Free())
+    draft = scrimp.tree_decoding(trained(successor_maps(model, kind)), cost=Free())
     ids = [[3], [9, 10]]
     got = scrimp.generate(model, ids, max_new_tokens=21, draft=draft)
     assert got == scrimp.generate(model, ids, max_new_tokens=21)
     assert got[0].tokens == [(4 + i) % 16 for i in range(21)]
-    assert draft.tokens_per_step > 2
+    assert draft.knowledge.steps == 2 * 5  # the first of which has guesses too, from the end of the prompt
+
+
+def test_good_maps_save_steps_of_custom_generate(tiny: Tiny) -> None:
+    model = successor_model(tiny("llama"))
+    draft = scrimp.tree_decoding(HiddenTransfer(successor_maps(model, "hidden")), cost=Free())
+    how = partial(custom_generate, draft=draft)
+    got = model.generate(torch.tensor([[3]]), custom_generate=how, max_new_tokens=21, do_sample=False)
+    assert got[0, 1:].tolist() == [(4 + i) % 16 for i in range(21)]
+    assert draft.knowledge.steps == 4  # of those that were settled; the last one was not
+
+
+@pytest.mark.parametrize("head", ["dense", "biased", "exact"])
+def test_guesses_are_among_the_tokens_of_the_maps(head: str, tiny: Tiny) -> None:
+    """The likeliest of them by the model's own logits."""
+    model = copy.deepcopy(tiny("llama"))
+    if head == "biased":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(256))
+    elif head == "exact":
+        scrimp.compress_head(model, "exact")
+    view, some = decoder_model(model), [3, 17, 40, 99, 200, 201, 255]
+    _, scores = HiddenTransfer(maps(model, tokens=some), width=4).fitted(view)
+    states = torch.randn(2, 3, D)
+    with torch.inference_mode():
+        tokens, chances = scores(states)
+        wanted = forward.logits(view, states)[..., some].softmax(-1).topk(4)
+    assert tokens == torch.tensor(some)[wanted.indices].tolist()
+    torch.testing.assert_close(torch.tensor(chances), wanted.values)
+
+
+def successor_maps(model: PreTrainedModel, kind: Any) -> DraftMaps:
+    """What gives the states of the next three tokens of `successor_model`."""
+    shift = torch.eye(16).roll(1, 0)  # one-hot token -> next one
+    weight = torch.stack([torch.block_diag(torch.linalg.matrix_power(shift, i), torch.eye(32)) for i in (1, 2, 3)])
+    layer = 2 if kind == "medusa" else 1
+    return DraftMaps(kind, layer, weight, torch.zeros(3, D), model_hash(decoder_model(model)))
 
 
 def successor_model(like: PreTrainedModel) -> PreTrainedModel:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import scrimp
 from scrimp import _ext
@@ -25,11 +24,12 @@ from scrimp.methods.tree_decoding.knowledge import AGAIN, TRIAL, Worth
 from scrimp.methods.tree_decoding.merge import Merged, worthwhile
 from scrimp.methods.tree_decoding.session import _cut
 from scrimp.methods.tree_decoding.tree import together
+from scrimp.testing import random_llama
 
 
-def llama(vocabulary: int = 16, **sizes: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, **sizes}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **sizes)).eval()
+def llama(vocabulary: int = 16, layers: int = 2, heads: int = 2) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 64}
+    return random_llama(vocabulary, layers, **sizes, num_attention_heads=heads, num_key_value_heads=heads)
 
 
 def candidates(*guesses: tuple[int, int, float]) -> Candidates:
@@ -198,8 +198,8 @@ def test_bad_settings(make: Any, message: str) -> None:
     ("source", "message"),
     [
         (lambda: ModelDraft(llama(17)), "the draft model has 17 tokens, but the model 16"),
-        (lambda: SelfDraft(llama(num_attention_heads=4)), r"\(16, 4, 4, torch.float32\) are not \(16, 2, 8"),
-        (lambda: SelfDraft(llama(num_hidden_layers=3)), "for 3 of a model with 2"),
+        (lambda: SelfDraft(llama(heads=4)), r"\(16, 4, 4, torch.float32\) are not \(16, 2, 8"),
+        (lambda: SelfDraft(llama(layers=3)), "for 3 of a model with 2"),
         (lambda: EarlyExit(3), "layer 2 of a model with 2 layers"),
     ],
 )

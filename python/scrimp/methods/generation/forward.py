@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +23,14 @@ _rms_norm = OPS["rms_norm"].call
 _rotary_append = OPS["rotary_append"].call
 _tree_attention = OPS["tree_attention"].call
 
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": OPS["silu_mul"].call,
+    "gelu": partial(OPS["gelu_mul"].call, tanh=False),
+    "gelu_tanh": partial(OPS["gelu_mul"].call, tanh=True),
+}
+
 Attend = Callable[[int, DecoderLayer, Tensor, Tensor, Tensor], Tensor]
+Watched = dict[int, Tensor]  # numbers of layers -> states `[B, 1, d]` of the last rows after so many
 
 
 def _layers(
@@ -37,7 +46,7 @@ def _layers(
     """Some layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
     B, T, _ = x.shape
     cos, sin = model.positions.tables(keys[0].shape[2])
-    D, activation = model.head_dim, model.activation
+    D, activation = model.head_dim, ACTIVATIONS[model.activation]
     parts = [model.heads, model.kv_heads, model.kv_heads]
     split = (B, T, sum(parts), D)
     for i in layers:
@@ -56,6 +65,19 @@ def _layers(
     return x
 
 
+def _watching(
+    x: Tensor, layers: Sequence[int], watched: Watched | None, run: Callable[[Tensor, Sequence[int]], Tensor]
+) -> Tensor:
+    """Some layers by `run`, in pieces that begin where the state is watched."""
+    wanted = {} if watched is None else watched
+    cuts = [at for at, layer in enumerate(layers) if layer in wanted]
+    for first, end in pairwise(sorted({0, *cuts, len(layers)})):
+        if layers[first] in wanted:
+            wanted[layers[first]] = x[:, -1:]
+        x = run(x, layers[first:end])
+    return x
+
+
 def rows(
     model: DecoderModel,
     keys: Sequence[Tensor],
@@ -66,6 +88,7 @@ def rows(
     prefix: Tensor | None = None,
     positions: Tensor | None = None,
     ancestors: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> Tensor:
     """T new tokens of each sequence through all layers, row-invariantly; their keys and values enter the cache.
 
@@ -79,12 +102,15 @@ def rows(
         positions: int32 `[B, T]`; start[b] + t unless given.
         ancestors: int64 `[1 or B, T]`, which new tokens each one sees (`scrimp.ops.tree_attention`); all up to itself
             unless given.
+        watched: gets the states of the last tokens after each of its numbers of layers, fewer than all.
 
     Returns:
         `[B, T, d]`, the state before the last norm (`logits` takes it).
     """
     x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
-    return through(model, keys, values, x, start, layers, prefix=prefix, positions=positions, ancestors=ancestors)
+    return through(
+        model, keys, values, x, start, layers, prefix=prefix, positions=positions, ancestors=ancestors, watched=watched
+    )
 
 
 def through(
@@ -93,11 +119,12 @@ def through(
     values: Sequence[Tensor],
     x: Tensor,
     start: Tensor,
-    layers: Iterable[int],
+    layers: Sequence[int],
     *,
     prefix: Tensor | None = None,
     positions: Tensor | None = None,
     ancestors: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> Tensor:
     """New rows `[B, T, d]` through some of the layers only; the rest as in `rows`."""
     if positions is None:
@@ -110,7 +137,13 @@ def through(
     def attend(_: int, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _tree_attention(q, k, v, seen, ancestors, layer.window, scale)[0]
 
-    return _layers(model, x, positions, start, keys, values, attend, layers)
+    def run(x: Tensor, some: Sequence[int]) -> Tensor:
+        if together := model.packed(some):
+            caches = [keys[i] for i in some], [values[i] for i in some]
+            return together(x, *model.positions.tables(keys[0].shape[2]), positions, start, seen, ancestors, *caches)
+        return _layers(model, x, positions, start, keys, values, attend, some)
+
+    return _watching(x, layers, watched, run)
 
 
 def panel(
@@ -120,6 +153,7 @@ def panel(
     tokens: Tensor,
     first: int,
     patterns: HeadPatterns | None = None,
+    watched: Watched | None = None,
 ) -> Tensor:
     """PANEL tokens `[1, PANEL]` of one sequence from position `first` on, by matrix products; deterministic.
 
@@ -144,7 +178,11 @@ def panel(
     start = torch.tensor([first], dtype=torch.int32, device=device)
     positions = torch.arange(first, end, dtype=torch.int32, device=device)[None]
     x, layers = torch.embedding(model.embedding, tokens), range(len(model.layers))
-    return _layers(model, x, positions, start, keys, values, attend, layers)
+
+    def run(x: Tensor, some: Sequence[int]) -> Tensor:
+        return _layers(model, x, positions, start, keys, values, attend, some)
+
+    return _watching(x, layers, watched, run)
 
 
 def pays(patterns: HeadPatterns, layer: int, n_q: int, n_k: int) -> bool:
@@ -170,7 +208,14 @@ def logits(model: DecoderModel, state: Tensor, largest: int | None = None) -> Te
 
 @torch.inference_mode()
 def prefill(
-    cache: KVCache, b: int, tokens: Sequence[int], *, panels: bool, patterns: HeadPatterns | None, finish: bool = True
+    cache: KVCache,
+    b: int,
+    tokens: Sequence[int],
+    *,
+    panels: bool,
+    patterns: HeadPatterns | None,
+    finish: bool = True,
+    watched: Watched | None = None,
 ) -> Tensor | None:
     """Reads a prompt into sequence `b` and returns the state `[1, 1, d]` of its last token.
 
@@ -186,6 +231,7 @@ def prefill(
         panels: whether to use panels.
         patterns: sparse attention in panels.
         finish: without it, tokens after the last whole panel are left for a later call, and None is returned.
+        watched: gets the last token's states after each of its numbers of layers, fewer than all.
     """
     model, how = cache.model, patterns
     n = len(tokens)
@@ -207,7 +253,7 @@ def prefill(
     ids = torch.tensor(tokens[done:], dtype=torch.int64, device=model.device)[None]
     state = None
     for first, end in spans(done, grid, n if finish or not panels else grid):
-        state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns)
+        state = advance(cache, b, ids[:, first - done : end - done], first, end <= grid, patterns, watched=watched)
         cache.tokens[b].extend(tokens[first:end])
         cache.prompts[b] = end
         if end <= grid:
@@ -232,6 +278,7 @@ def advance(
     whole: bool,
     patterns: HeadPatterns | None = None,
     decoded: bool = False,
+    watched: Watched | None = None,
 ) -> Tensor:
     """Tokens `[1, n]` of sequence b from position `first` on, as a `whole` panel or as rows: states `[1, n, d]`.
 
@@ -240,6 +287,6 @@ def advance(
     model = cache.model if decoded else cache.model.for_prompts
     keys, values = cache.of_sequence(b)
     if whole:
-        return panel(model, keys, values, tokens, first, patterns)
+        return panel(model, keys, values, tokens, first, patterns, watched)
     start = torch.tensor([first], dtype=torch.int32, device=tokens.device)
-    return rows(model, keys, values, tokens, start)
+    return rows(model, keys, values, tokens, start, watched=watched)

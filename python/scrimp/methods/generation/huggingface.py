@@ -6,14 +6,13 @@ transformers is not imported here: the classes are told by their names and the m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..._registry import OPS
 from .linear import fuse, is_linear
 from .model import DecoderLayer, DecoderModel, Norm, Positions
 
@@ -22,6 +21,14 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+}
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
 }
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 OBSERVERS = "transformers.utils.output_capturing"  # its hooks stay after output_hidden_states and change nothing
@@ -63,7 +70,7 @@ def decoder_model(model: nn.Module | DecoderModel) -> DecoderModel:
         layers=tuple(_layer(layer, config) for layer in base.layers[: config.num_hidden_layers]),  # type: ignore[union-attr]
         norm=_norm(base.norm),
         head=fuse([model.lm_head]),  # type: ignore[list-item]
-        activation=_activation(base.layers[0].mlp.act_fn),  # type: ignore[arg-type]
+        activation=activation_of(base.layers[0].mlp.act_fn),  # type: ignore[arg-type]
         positions=_rotary(base.rotary_emb),
         heads=config.num_attention_heads,  # type: ignore[union-attr]
         kv_heads=config.num_key_value_heads,  # type: ignore[union-attr]
@@ -136,22 +143,16 @@ def _faults(model: nn.Module, modules: dict[str, nn.Module], tensors: list[Tenso
 def _layer_faults(layers: Any) -> Iterator[str]:
     first = layers[0]
     for layer in layers:
-        if _activation(layer.mlp.act_fn) is None or type(layer.mlp.act_fn) is not type(first.mlp.act_fn):
+        if activation_of(layer.mlp.act_fn) is None or type(layer.mlp.act_fn) is not type(first.mlp.act_fn):
             yield f"its activation {type(layer.mlp.act_fn).__name__} is not SiLU or GELU, or not alike in all layers"
         kinds = [(each.self_attn.head_dim, each.self_attn.scaling) for each in (layer, first)]
         if kinds[0] != kinds[1]:
             yield f"its layers have heads of several kinds: {kinds}"
 
 
-def _activation(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
-    kind = type(module).__name__
-    if kind in ("SiLU", "SiLUActivation"):
-        return OPS["silu_mul"].call
-    tanh = {"GELUTanh": True, "PytorchGELUTanh": True, "NewGELUActivation": True, "GELUActivation": False}.get(kind)
-    if tanh is None:
-        return None
-    call = OPS["gelu_mul"].call
-    return lambda gate, up: call(gate, up, tanh)
+def activation_of(module: nn.Module) -> str | None:
+    """As `scrimp.ops.decoder_layers` names it; None for one that is neither SiLU nor GELU."""
+    return ACTIVATIONS.get(type(module).__name__)
 
 
 def _norm(module: Any) -> Norm:

@@ -34,6 +34,19 @@ class Linear(Protocol):
         ...
 
 
+# A linear layer as `scrimp.ops.decoder_layers` takes it: weight, bias, scales, zeros, codebook, permutation; format
+Part = tuple[tuple[Tensor | None, ...], tuple[int, int, int]]
+
+
+@runtime_checkable
+class Packable(Linear, Protocol):
+    """One that `scrimp.ops.decoder_layers` computes too, to the bit."""
+
+    def pack(self) -> list[Part]:
+        """Its layers, in order."""
+        ...
+
+
 @runtime_checkable
 class Head(Linear, Protocol):
     """A head that computes less where the largest logits are enough."""
@@ -57,6 +70,12 @@ class DenseLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return _linear(x, self.weights, self.biases, residual)
+
+    def pack(self) -> list[Part]:
+        """As `Packable` says."""
+        biases = self.biases or [None] * len(self.weights)
+        pairs = zip(self.weights, biases, strict=True)
+        return [((weight, bias, None, None, None, None), (0, 0, 0)) for weight, bias in pairs]
 
 
 class SideBySide:

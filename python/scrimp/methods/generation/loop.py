@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -46,11 +47,54 @@ class Text:
         return Piece(self.number, token, text, self.reason)
 
 
-class Drafting(Protocol):
-    """Another way to go on after the first new tokens."""
+@dataclass(frozen=True)
+class Prompted:
+    """What the last tokens of prompts left.
 
-    def decode(self, model: DecoderModel, cache: KVCache, texts: Sequence[Text], chooser: Chooser) -> Iterator[Piece]:
+    Attributes:
+        state: `[B, 1, d]` after all layers.
+        logits: `[B, 1, V]`; -inf where a `Head` left one out (`scrimp.methods.generation.linear`).
+        watched: states `[B, 1, d]` after some numbers of layers.
+    """
+
+    state: Tensor
+    logits: Tensor
+    watched: forward.Watched
+
+    @classmethod
+    def gather(cls, state: Tensor, logits: Tensor, watched: Sequence[forward.Watched]) -> Prompted:
+        """With what was watched in each sequence."""
+        return cls(state, logits, {layer: torch.cat([each[layer] for each in watched]) for layer in watched[0]})
+
+
+class Drafted(Protocol):
+    """Another way to go on after the first new tokens, for one call.
+
+    Attributes:
+        layers: numbers of layers, fewer than all, after which it reads the states of the prompts' last tokens.
+    """
+
+    @property
+    def layers(self) -> Sequence[int]: ...
+
+    def wanted(self, largest: int) -> int:
+        """How many of the largest logits it reads where so many choose the next token; 0 for all."""
+        ...
+
+    def decode(self, texts: Sequence[Text], chooser: Chooser, prompted: Prompted) -> Iterator[Piece]:
         """Pieces of the unfinished texts; `cache.tokens` grows as in plain decoding."""
+        ...
+
+
+class Drafting(Protocol):
+    """What `draft` of a generation is."""
+
+    def begin(self, model: DecoderModel, cache: KVCache) -> Drafted:
+        """Gets ready, before the prompts are read.
+
+        Raises:
+            ValueError: it does not fit the model.
+        """
         ...
 
 
@@ -113,31 +157,36 @@ def _stream(
     ends |= {} if settings.ignore_eos else dict.fromkeys(model.eos, "eos")
     chooser = Chooser(processors, ends, settings.min_new_tokens)
     with cache.in_use():
-        states = [_read(cache, sequence, settings) for sequence in sequences]
+        drafted = None if draft is None else draft.begin(model, cache)
+        watched = [watching(drafted) for _ in sequences]
+        states = [_read(cache, *pair, settings) for pair in zip(sequences, watched, strict=True)]
         if settings.max_new_tokens == 0:
             return
         state = torch.cat(states)  # type: ignore[arg-type]
         while True:
-            tokens = _next_tokens(model, state, sequences, chooser)
+            largest = chooser.largest(sequences)
+            logits = _logits(model, state, largest if drafted is None else drafted.wanted(largest))
+            tokens = _next_tokens(logits, sequences, chooser)
             for sequence, token in zip(sequences, tokens, strict=True):
                 if token is not None:
                     yield sequence.add(token, ends)
             if all(sequence.reason is not None for sequence in sequences):
                 return
-            if draft is not None:
-                yield from draft.decode(model, cache, sequences, chooser)
+            if drafted is not None:
+                yield from drafted.decode(sequences, chooser, Prompted.gather(state, logits, watched))
                 return
             state = step(cache, [None if s.reason is not None else s.new[-1] for s in sequences])
 
 
-def _read(cache: KVCache, sequence: Text, settings: Settings) -> Tensor | None:
+def _read(cache: KVCache, sequence: Text, watched: forward.Watched, settings: Settings) -> Tensor | None:
     """Reads a prompt, in the pieces that were asked for; the state of its last token."""
     how = {"panels": settings.prefill == "panels", "patterns": settings.patterns}
     prompt, b = sequence.prompt, sequence.number
     for end in range(settings.chunk or len(prompt), len(prompt), settings.chunk or len(prompt)):
         if end > cache.common(b, prompt):
             forward.prefill(cache, b, prompt[:end], finish=False, **how)  # type: ignore[arg-type]
-    return forward.prefill(cache, b, prompt, finish=settings.max_new_tokens > 0, **how)  # type: ignore[arg-type]
+    finish = settings.max_new_tokens > 0
+    return forward.prefill(cache, b, prompt, finish=finish, watched=watched, **how)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -164,10 +213,19 @@ def step(cache: KVCache, tokens: Sequence[int | None]) -> Tensor:
     return state
 
 
+def watching(drafted: Drafted | None) -> forward.Watched:
+    """Where the states of a prompt's last token that `drafted` reads will be."""
+    return {} if drafted is None else dict.fromkeys(drafted.layers, torch.empty(0))
+
+
 @torch.inference_mode()
-def _next_tokens(model: DecoderModel, state: Tensor, texts: Sequence[Text], chooser: Chooser) -> list[int | None]:
+def _logits(model: DecoderModel, state: Tensor, largest: int) -> Tensor:
+    return forward.logits(model, state, largest)
+
+
+@torch.inference_mode()
+def _next_tokens(logits: Tensor, texts: Sequence[Text], chooser: Chooser) -> list[int | None]:
     """The next token of every sequence; None for finished ones."""
-    logits = forward.logits(model, state, chooser.largest(texts))
     if not chooser.is_plain(texts):
         pairs = zip(texts, logits[:, 0], strict=True)
         return [None if text.reason is not None else chooser.one(row, text) for text, row in pairs]

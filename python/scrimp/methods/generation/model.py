@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import Linear, for_prompts
+from .packed import PackedLayers, pack
 
 MAX_ROWS = 64  # rows in all for which every op is row-invariant
 POSITION_BLOCK = 1024
@@ -85,11 +86,12 @@ class DecoderModel:
     Attributes:
         embedding: `[V, d]`.
         head: d -> V.
-        activation: (gate, up) -> activation(gate) * up, an op of scrimp.
+        activation: "silu", "gelu" or "gelu_tanh".
         scale: factor of the attention scores.
         context: positions that the model was made for.
         eos: token ids that end a text.
         weights: every parameter and buffer with its address and version, to tell whether they are still the same.
+        packing: whether layers may be computed by one call where there is one; the bits are the same.
     """
 
     name: str
@@ -97,7 +99,7 @@ class DecoderModel:
     layers: tuple[DecoderLayer, ...]
     norm: Norm
     head: Linear
-    activation: Callable[[Tensor, Tensor], Tensor]
+    activation: str
     positions: Positions
     heads: int
     kv_heads: int
@@ -106,6 +108,7 @@ class DecoderModel:
     context: int
     eos: tuple[int, ...]
     weights: tuple[tuple[Tensor, int, int], ...]
+    packing: bool = True
 
     @cached_property
     def for_prompts(self) -> DecoderModel:
@@ -113,6 +116,20 @@ class DecoderModel:
         layers = tuple(layer.for_prompts() for layer in self.layers)
         alike = all(a is b for a, b in zip(layers, self.layers, strict=True))
         return self if alike else replace(self, layers=layers)
+
+    @cached_property
+    def _packed(self) -> dict[tuple[int, ...], PackedLayers | None]:
+        return {}
+
+    def packed(self, layers: Sequence[int]) -> PackedLayers | None:
+        """Some layers for one call; None where that call does not compute them, or on a GPU, which has no kernel."""
+        which = tuple(layers)
+        if which not in self._packed:
+            parts = [pack(self.layers[i]) for i in which]
+            known = [part for part in parts if part is not None]
+            whole = self.packing and self.device.type == "cpu" and len(known) == len(which)
+            self._packed[which] = PackedLayers(known, self.heads, self.activation, self.scale) if whole else None
+        return self._packed[which]
 
     @property
     def vocabulary(self) -> int:

@@ -28,8 +28,9 @@ class Split:
     Attributes:
         step: median of the timed steps.
         overhead: the fastest step of a model with the same layers whose tensors are tiny: all but the kernels' work.
-        ops: for each op of scrimp the time inside it by the profiler, which adds some microseconds to every call.
-        calls: for each op its calls in a step.
+        ops: for each op of scrimp the time inside it by the profiler, which adds some microseconds to every call, when
+            the layers' ops are called one by one (a step itself calls `decoder_layers` where it can).
+        calls: for each op its calls in such a step.
     """
 
     step: float
@@ -39,7 +40,7 @@ class Split:
 
     def lines(self) -> list[str]:
         """A table for people."""
-        found = [f"one step takes {self.step:.2f} ms, of which {self.overhead:.2f} ms are overhead; by the profiler"]
+        found = [f"one step takes {self.step:.2f} ms, of which {self.overhead:.2f} ms are overhead; op by op"]
         for name, spent in sorted(self.ops.items(), key=lambda item: -item[1]):
             found.append(f"  {name:<18} {spent:7.3f} ms  {self.calls[name]:4d} calls")
         return found
@@ -56,7 +57,7 @@ def measure(cache: KVCache, token: int, steps: int = STEPS) -> Split:
     Raises:
         ValueError: the cache has no room.
     """
-    held = [len(tokens) for tokens in cache.tokens]
+    model, held = cache.model, [len(tokens) for tokens in cache.tokens]
     if max(held) + 2 * steps > cache.capacity:
         raise ValueError(f"the cache has {max(held)} of {cache.capacity} tokens; {2 * steps} steps do not fit")
     tokens: list[int] = [token] * cache.batch
@@ -66,10 +67,12 @@ def measure(cache: KVCache, token: int, steps: int = STEPS) -> Split:
             start = time.perf_counter()
             tokens = _greedy_step(cache, tokens)
             times.append(1e3 * (time.perf_counter() - start))
+        cache.model = replace(model, packing=False)  # op by op, so that each is seen
         with profile() as seen:
             for _ in range(steps):
                 tokens = _greedy_step(cache, tokens)
     finally:
+        cache.model = model
         for b, count in enumerate(held):
             cache.keep(b, count)
     spent, calls = {}, {}
@@ -78,7 +81,7 @@ def measure(cache: KVCache, token: int, steps: int = STEPS) -> Split:
             name = event.key.removeprefix("scrimp::")
             spent[name] = event.cpu_time_total / 1e3 / steps
             calls[name] = event.count // steps
-    return Split(median(times), _overhead(cache.model, cache.batch, steps), spent, calls)
+    return Split(median(times), _overhead(model, cache.batch, steps), spent, calls)
 
 
 def _overhead(model: DecoderModel, batch: int, steps: int) -> float:

@@ -15,6 +15,7 @@ from ...ops import int4_linear
 from ...ops.int4_linear import MODES
 
 _int4_linear = OPS["int4_linear"].call
+Part = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 
@@ -113,6 +114,13 @@ class EngineInt4:
         parts = [_int4_linear(x, *rest) for rest in self._arguments]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if residual is None else out + residual
+
+    def pack(self) -> list[Part]:
+        """As `scrimp.methods.generation.linear.Packable` says."""
+        found: list[Part] = []
+        for qweight, scales, zeros, codebook, permutation, bias, *format in self._arguments:
+            found.append(((qweight, bias, scales, zeros, codebook, permutation), tuple(format)))
+        return found
 
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:

@@ -13,6 +13,7 @@ from .sources import (
     NgramDraft,
     RecyclingDraft,
     SelfDraft,
+    trained,
 )
 from .tree import Tree
 
@@ -33,5 +34,6 @@ __all__ = [
     "SelfDraft",
     "Tree",
     "TreeDecoding",
+    "trained",
     "tree_decoding",
 ]

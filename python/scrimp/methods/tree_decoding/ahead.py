@@ -47,6 +47,17 @@ def feed(
     return x[:, :T], x[:, T:].unflatten(1, (T, k))
 
 
+def after_prompts(model: DecoderModel, cache: KVCache, states: Tensor, held: Tensor, maps: DraftMaps) -> Tensor:
+    """States `[B, k, d]` of the pseudo rows behind the last tokens of prompts, as if these had ridden along there.
+
+    Args:
+        states: `[B, 1, d]` of the prompts' last tokens after `maps.layer` layers.
+        held: int32 `[B]`, tokens of the prompts, all in the cache; B k at most 64.
+    """
+    upper = range(maps.layer, len(model.layers))
+    return forward.through(model, cache.keys, cache.values, maps(states).flatten(1, 2), held, upper)
+
+
 def pseudo_words(words: Tensor, k: int) -> Tensor:
     """What pseudo rows see: the path to their row and the pseudo rows up to themselves.
 

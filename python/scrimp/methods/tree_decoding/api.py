@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..generation.cache import KVCache
-from ..generation.choosing import Chooser
-from ..generation.loop import Text
 from ..generation.model import DecoderModel
-from ..generation.settings import Piece
+from .begun import Begun
 from .cost import CostCurve
-from .decode import decode
 from .draft import DraftSource
 from .knowledge import Knowledge, Running, Worth
-from .lockstep import Lockstep
-from .session import Session
 from .sources import LookupDraft, NgramDraft, RecyclingDraft
 
 
@@ -27,24 +22,14 @@ class TreeDecoding:
         self.knowledge = Knowledge(cost)
         self._worths: dict[str, Worth] = {}
 
-    def session(self, model: DecoderModel, cache: KVCache, texts: Sequence[Sequence[int]]) -> Session:
-        """A session for texts whose tokens but the last are in the cache."""
-        running = Running(self.sources, self._worths, model, cache)
-        return Session(model, cache, texts, running, self.knowledge, self.guesses)
+    def begin(self, model: DecoderModel, cache: KVCache) -> Begun:
+        """Starts the sources, before the prompts are read.
 
-    def decode(self, model: DecoderModel, cache: KVCache, texts: Sequence[Text], chooser: Chooser) -> Iterator[Piece]:
-        """Pieces of texts that have their first new token (for the decoding loop)."""
-        session = self.session(model, cache, [text.prompt + text.new for text in texts])
-        return decode(session, texts, chooser)
-
-    def lockstep(
-        self, model: DecoderModel, cache: KVCache, prompts: Sequence[Sequence[int]], largest: int = 0
-    ) -> Lockstep:
-        """What stands for `step` of a loop that feeds one token of every sequence at a time.
-
-        It chooses tokens by the `largest` largest logits; 0 for all.
+        Raises:
+            ValueError: a source does not fit the model.
         """
-        return Lockstep(lambda texts: self.session(model, cache, texts), cache, prompts, largest)
+        running = Running(self.sources, self._worths, model, cache)
+        return Begun(model, cache, running, self.knowledge, self.guesses)
 
     @property
     def tokens_per_step(self) -> float:

@@ -103,6 +103,10 @@ class Running:
         """Guesses of every source that is worth its time, by its name."""
         return [(source.name, draft.propose(texts, depths)) for source, draft in self._used()]
 
+    def layers(self) -> list[int]:
+        """Numbers of layers after which sources map states to pseudo rows."""
+        return sorted({draft.riding.layer for _, draft in self._drafts if isinstance(draft, RidingDraft)})
+
     def riding(self) -> DraftMaps | None:
         """What makes the pseudo rows of the next step; None unless a source that is worth its time has some."""
         return next((draft.riding for _, draft in self._used() if isinstance(draft, RidingDraft)), None)

@@ -15,7 +15,7 @@ class Lockstep:
     """Answers from the last tree as long as it holds the token of every sequence, else reads a new one.
 
     Args:
-        begin: makes a session for texts with their first new token.
+        begin: makes a session for texts with their first new tokens.
         cache: holds the prompts.
         prompts: of the sequences.
         largest: how many of the largest logits are asked for, 0 for all.

@@ -40,11 +40,13 @@ class DraftMaps:
         bias: fp32 `[k, d]`.
         weight_hash: of the model that they were trained for (`model_hash`).
         model: its name, for people.
+        tokens: int32 `[n]`, ascending: guesses are among these alone, so that little of the head is read for them; None
+            for all.
 
     Raises:
         ValueError: an unknown kind, or tensors of wrong shapes or types, or not finite.
 
-    Source: Hidden Transfer (2404.12022); Medusa (2401.10774).
+    Source: Hidden Transfer (2404.12022); Medusa (2401.10774); frequent tokens alone: FR-Spec (2502.14856).
     """
 
     kind: Kind
@@ -53,6 +55,7 @@ class DraftMaps:
     bias: Tensor
     weight_hash: str
     model: str = ""
+    tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -69,6 +72,10 @@ class DraftMaps:
                 raise ValueError(f"DraftMaps: {name} must be float32, got {value.dtype}")
             if not bool(value.isfinite().all()):
                 raise ValueError(f"DraftMaps: {name} holds numbers that are not finite")
+        if self.tokens is not None:
+            one_dim = self.tokens.dtype == torch.int32 and self.tokens.dim() == 1 and self.tokens.numel() > 0
+            if not one_dim or int(self.tokens[0]) < 0 or not bool((self.tokens.diff() > 0).all()):
+                raise ValueError("DraftMaps: tokens must be int32 [n], ascending, from 0 on")
 
     @property
     def count(self) -> int:
@@ -99,13 +106,19 @@ class DraftMaps:
                 f"DraftMaps: {kind} maps of {self.weight.shape[1]} numbers after layer {self.layer}, "
                 f"but the model has {layers} layers of {d}"
             )
-        weight, bias = self.weight.to(model.device), self.bias.to(model.device)
-        return DraftMaps(self.kind, self.layer, weight, bias, self.weight_hash, self.model)
+        if self.tokens is not None and int(self.tokens[-1]) >= model.vocabulary:
+            raise ValueError(f"DraftMaps: token {int(self.tokens[-1])} of a model with {model.vocabulary}")
+        weight, bias, tokens = (x if x is None else x.to(model.device) for x in (self.weight, self.bias, self.tokens))
+        return DraftMaps(self.kind, self.layer, weight, bias, self.weight_hash, self.model, tokens)  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         header = {name: getattr(self, name) for name in ("kind", "layer", "offsets", "model", "weight_hash")}
-        tensor_file.write(path, FORMAT, FORMAT_VERSION, header, {"weight": self.weight, "bias": self.bias})
+        tensor_file.write(path, FORMAT, FORMAT_VERSION, header, self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"weight": self.weight, "bias": self.bias}
+        return found if self.tokens is None else {**found, "tokens": self.tokens}
 
     @property
     def offsets(self) -> list[int]:
@@ -129,6 +142,7 @@ class DraftMaps:
                 bias=tensors["bias"],
                 weight_hash=header["weight_hash"],
                 model=str(header.get("model", "")),
+                tokens=tensors.get("tokens"),
             )
             if header["offsets"] != maps.offsets:
                 raise ValueError(f"offsets {header['offsets']} are not {maps.offsets}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._registry import OPS
 from ..generation import forward
 from ..generation.cache import KVCache
+from ..generation.loop import Prompted
 from ..generation.model import DecoderModel
 from . import ahead
 from .draft import Accepted, Candidates
@@ -79,6 +80,18 @@ class Session:
         self._begin = 0.0
 
     @torch.inference_mode()
+    def begin(self, prompted: Prompted) -> None:
+        """Tells the sources what the last tokens of the prompts left; each text has one new token."""
+        riding, _ = self._riding()
+        pseudo = None
+        if riding is not None:
+            held = torch.tensor([len(text) - 1 for text in self.texts], dtype=torch.int32, device=self.model.device)
+            pseudo = ahead.after_prompts(self.model, self.cache, prompted.watched[riding.layer], held, riding)
+        for b, text in enumerate(self.texts):
+            behind = None if pseudo is None else pseudo[b]
+            self._running.update(Accepted(b, [text[-2]], prompted.logits[b], prompted.state[b], behind))
+
+    @torch.inference_mode()
     def advance(self, depths: Sequence[int | None], largest: int = 0) -> Step:
         """Feeds a tree to every sequence.
 
@@ -96,7 +109,7 @@ class Session:
         batch = together(trees, self.model.device)
         begin = time.perf_counter()
         state, pseudo = self._feed(batch, [depth is None for depth in depths], riding)
-        logits = forward.logits(self.model, state, max(largest, LEARNT) if largest else 0)
+        logits = forward.logits(self.model, state, learnt(largest))
         curve.note(paid(batch.tokens.numel()), time.perf_counter() - begin)
         return Step(trees, batch, logits, state, pseudo, merged)
 
@@ -169,6 +182,11 @@ class Session:
             self._knowledge.steps += 1
             self._knowledge.tokens += len(tokens)
         self._running.settle(sum(map(len, chosen)), time.perf_counter() - self._begin)
+
+
+def learnt(largest: int) -> int:
+    """How many of the largest logits to ask for where so many choose a token; 0 for all."""
+    return max(largest, LEARNT) if largest else 0
 
 
 def _cut(candidates: Candidates, depth: int) -> Candidates:

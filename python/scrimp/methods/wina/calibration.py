@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from ...int4_weight.tensor_file import TensorFiles
 from ..head_patterns import weight_hash
 
 FORMAT = "scrimp.calibration"
-FORMAT_VERSION = 1
-METHODS = ("teal", "wina", "wina-centred")
+FORMAT_VERSION = 2
+METHODS = ("teal", "wina", "wina-centred", "teal-rotated", "wina-rotated", "cats")
 SPARSITIES = (*(0.05 * i for i in range(20)), 0.99)
 
 
@@ -30,6 +31,9 @@ class Group:
         centers: fp32 `[K]`, medians of the input's channels: a few tokens would move means far away.
         levels: fp32 `[METHODS, SPARSITIES]`, above which scores are kept, in units of a token's mean score.
         errors: fp32 `[METHODS, SPARSITIES]`, |Y - Y'| / |Y| of all outputs on calibration text.
+        sensitivity: by which a squared error, times a half, is the divergence that it causes (`sensitivity.py`).
+
+    Levels and errors are 0 for a method that this group has no part in.
     """
 
     names: tuple[str, ...]
@@ -38,6 +42,7 @@ class Group:
     centers: Tensor
     levels: Tensor
     errors: Tensor
+    sensitivity: float = 1.0
 
     def level(self, method: str, sparsity: float) -> float:
         """The level that drops the share `sparsity` of the channels."""
@@ -48,6 +53,7 @@ class Group:
         return between(self.errors[METHODS.index(method)], sparsity)
 
 
+NUMBERS = ("names", "outputs", "sensitivity")
 TENSORS = tuple(field.name for field in fields(Group) if field.type == "Tensor")
 
 
@@ -97,7 +103,7 @@ class Calibration:
             "tokens": self.tokens,
             "methods": METHODS,
             "sparsities": SPARSITIES,
-            "layers": [[{"names": g.names, "outputs": g.outputs} for g in layer] for layer in self.layers],
+            "layers": [[{name: getattr(g, name) for name in NUMBERS} for g in layer] for layer in self.layers],
         }
         groups = [group for layer in self.layers for group in layer]
         tensors = {f"{g.names[0]}.{name}": getattr(g, name).contiguous() for g in groups for name in TENSORS}
@@ -142,4 +148,7 @@ def _group(file: TensorFiles, entry: Any) -> Group:
     curve = (len(METHODS), len(SPARSITIES))
     shapes = {"norms": (K,), "centers": (K,), "levels": curve, "errors": curve}
     tensors = {name: file.read_finite(f"{names[0]}.{name}", shapes[name]) for name in TENSORS}
-    return Group(names, int(entry["outputs"]), **tensors)
+    sensitivity = float(entry["sensitivity"])
+    if not 0 <= sensitivity < math.inf:
+        raise ValueError(f"{file.path}: {names[0]} has sensitivity {sensitivity}; it must be finite and not negative")
+    return Group(names, int(entry["outputs"]), **tensors, sensitivity=sensitivity)

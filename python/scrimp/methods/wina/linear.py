@@ -13,15 +13,22 @@ from ..._registry import OPS
 from ...ops.channel_select import RULES, Selected
 from ..generation.linear import Linear, SideBySide
 from ..generation.model import MAX_ROWS
+from .certificate import certificate
 from .usage import Meter
 
 RULE = RULES.index("relative")
 
 _channel_select = OPS["channel_select"].call
+_linear = OPS["linear"].call
 _sparse_linear = OPS["sparse_linear"].call
 
 
-@dataclass(frozen=True, eq=False)
+def is_prompt(x: Tensor) -> bool:
+    """Whether a call `[.., K]` reads more than one token of a sequence."""
+    return x.dim() > 1 and x.shape[-2] > 1
+
+
+@dataclass(eq=False)
 class Selection:
     """How rows choose their channels (`scrimp.ops.channel_select`); layers of one input share one.
 
@@ -29,22 +36,39 @@ class Selection:
         level: fp32 `[1]`, above which scores are kept, in units of their mean over the row's channels.
         scale: fp32 `[K]`, or None for 1.
         center: fp32 `[K]`, or None for 0.
+        limit: rows of which more than this share of the energy's root would be dropped take all channels.
+        axes: `[K, K]`, dtype of the layers: the channels are the row times these (`rotation.axes`); None for its own.
     """
 
     level: Tensor
     scale: Tensor | None = None
     center: Tensor | None = None
+    limit: float | None = None
+    axes: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Selected:
+        x = self.turned(x)
         found: Selected = _channel_select(x, self.level, self.scale, self.center, None, RULE, False)
-        return found
+        if self.limit is None:
+            return found
+        dropped, energy = found[3].unbind(-1)
+        whole = ~(dropped / energy <= self.limit**2)  # NaN, of overflows and of zeros, is above every limit
+        chosen: Selected = _channel_select(x, self.level, self.scale, self.center, whole, RULE, False)
+        return chosen
 
-    def to(self, device: torch.device) -> Selection:
-        """Itself where it is there already."""
-        if self.level.device == device:
-            return self
-        moved = (None if t is None else t.to(device) for t in (self.level, self.scale, self.center))
-        return Selection(*moved)  # type: ignore[arg-type]
+    def turned(self, x: Tensor) -> Tensor:
+        """Rows `[.., K]` in the layers' basis."""
+        if self.axes is None:
+            return x
+        out: Tensor = _linear(x, [self.axes], [], None)
+        return out
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Follows the layers, which share it; what scores are made of stays fp32."""
+        self.level = self.level.to(device)
+        self.scale = None if self.scale is None else self.scale.to(device)
+        self.center = None if self.center is None else self.center.to(device)
+        self.axes = None if self.axes is None else self.axes.to(device, dtype)
 
 
 class SparseLinear(nn.Module):
@@ -79,8 +103,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() > 1 and x.shape[-2] > 1:
-            return functional.linear(x, self.weight, self.bias)
+        if is_prompt(x):
+            return functional.linear(self.selection.turned(x), self.weight, self.bias)
         selected = self.selection(x)
         self.note(selected)
         return product(selected, self.weight.T, self.offset, None)
@@ -88,18 +112,29 @@ class SparseLinear(nn.Module):
     def note(self, selected: Selected) -> None:
         """Tells the meter, if there is one, what was read for these rows."""
         if self.meter is not None:
-            self.meter.add(selected)
+            certified = self.meter.constant is not None
+            self.meter.add(selected, product(selected, self.weight.T, self.offset, None) if certified else None)
+
+    @property
+    def channel_bytes(self) -> float:
+        """Of the weights of an input channel."""
+        return self.out_features * self.weight.element_size()
+
+    def certificate(self) -> float:
+        """What bounds this layer's error by the dropped energy of its input (`certificate.certificate`)."""
+        return certificate(self.weight, self.selection.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
-        self.selection = self.selection.to(self.weight.device)
+        self.selection.move(self.weight.device, self.weight.dtype)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """Writers of files want a row's elements side by side, and tensors that share no memory."""
+        """The dense layer's. Writers of files want a row's elements side by side, and tensors that share no memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
+            weight, axes = destination[f"{prefix}weight"], self.selection.axes
+            destination[f"{prefix}weight"] = weight.contiguous() if axes is None else weight @ axes
 
     @staticmethod
     def engine_linear(modules: Sequence[SparseLinear]) -> Linear:
@@ -134,7 +169,8 @@ class EngineSparse:
         self.selection = layers[0].selection
         self.weights = stacked([layer.weight for layer in layers])
         self.offsets = self._of_weights([layer.offset for layer in layers])
-        self.dense = EngineWhole(self.sizes, self.weights, self._of_weights([layer.bias for layer in layers]))
+        biases = self._of_weights([layer.bias for layer in layers])
+        self.dense = EngineWhole(self.sizes, self.weights, biases, self.selection.turned)
 
     def _of_weights(self, biases: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The layers' biases as `weights` are: joined where that is one matrix."""
@@ -154,13 +190,20 @@ class EngineSparse:
 class EngineWhole:
     """The layers of an EngineSparse without any selection, on the same memory."""
 
-    def __init__(self, sizes: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        self.sizes, self.weights, self.biases = sizes, list(weights), list(biases)
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        turned: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        self.sizes, self.weights, self.biases, self.turned = sizes, list(weights), list(biases), turned
         K, device = weights[0].shape[0], weights[0].device
         self.index = torch.arange(K, dtype=torch.int32, device=device)
         self.count = torch.tensor([K], dtype=torch.int32, device=device)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = self.turned(x)
         return _side_by_side((x, self.index, self.count, x), self.weights, self.biases, residual)
 
 

@@ -1,6 +1,6 @@
 """Draft sources: each guesses how a text goes on, all of them may be used together."""
 
-from .heads import HiddenTransfer, MedusaHeads
+from .heads import HiddenTransfer, MedusaHeads, trained
 from .lookup import LookupDraft
 from .model import EarlyExit, ModelDraft, SelfDraft
 from .ngram import NgramDraft
@@ -15,4 +15,5 @@ __all__ = [
     "NgramDraft",
     "RecyclingDraft",
     "SelfDraft",
+    "trained",
 ]

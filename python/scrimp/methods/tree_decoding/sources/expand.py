@@ -1,11 +1,20 @@
-"""A tree from a rule that says what may follow a few tokens."""
+"""Likely tokens from logits, and a tree from a rule that says what may follow a few tokens."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from ..draft import Candidates
+
+
+def likeliest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Ids and chances, each `[.., width]`, the largest first; logits that are no numbers give chances of 0."""
+    logits = logits.float()
+    best = logits.topk(min(width, logits.shape[-1]))
+    return best.indices, (best.values - logits.logsumexp(-1, keepdim=True)).exp().nan_to_num(0.0)
 
 
 def expand(

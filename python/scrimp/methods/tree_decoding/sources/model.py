@@ -13,6 +13,7 @@ from ...generation.cache import KVCache
 from ...generation.huggingface import decoder_model
 from ...generation.model import DecoderModel
 from ..draft import Accepted, Candidates
+from .expand import likeliest
 
 WIDTH = 4  # guesses at each depth: the best one goes on
 
@@ -172,12 +173,10 @@ def chains(
     found = [Candidates() for _ in held]
     parents = [-1] * len(held)
     for level in range(depth):
-        logits = forward.logits(view, state, WIDTH)[:, 0].float()
-        best = logits.topk(min(WIDTH, logits.shape[-1]))
-        chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp().tolist()
-        for b, ids in enumerate(best.indices.tolist()):
-            new = [found[b].add(*guess) for guess in zip(ids, [parents[b]] * len(ids), chances[b], strict=True)]
+        best, chances = likeliest(forward.logits(view, state, WIDTH)[:, 0], WIDTH)
+        for b, (ids, some) in enumerate(zip(best.tolist(), chances.tolist(), strict=True)):
+            new = [found[b].add(*guess) for guess in zip(ids, [parents[b]] * len(ids), some, strict=True)]
             parents[b] = new[0]
         if level + 1 < depth:
-            state = feed(view, keys, values, best.indices[:, :1], [count + level for count in held])
+            state = feed(view, keys, values, best[:, :1], [count + level for count in held])
     return found

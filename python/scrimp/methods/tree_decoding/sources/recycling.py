@@ -9,7 +9,7 @@ import torch
 from ...generation.cache import KVCache
 from ...generation.model import DecoderModel
 from ..draft import Accepted, Candidates
-from .expand import expand
+from .expand import expand, likeliest
 
 
 class RecyclingDraft:
@@ -53,8 +53,6 @@ class _Recycling:
 
     @torch.inference_mode()
     def update(self, accepted: Accepted) -> None:
-        logits = accepted.logits.float()
-        best = logits.topk(min(self._source.width, logits.shape[-1]))
-        chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-        for token, ids, some in zip(accepted.rows, best.indices.tolist(), chances.tolist(), strict=True):
-            self._source.after[token] = list(zip(ids, some, strict=True))
+        ids, chances = likeliest(accepted.logits, self._source.width)
+        for token, *guesses in zip(accepted.rows, ids.tolist(), chances.tolist(), strict=True):
+            self._source.after[token] = list(zip(*guesses, strict=True))

@@ -1,0 +1,153 @@
+// decoder_layers on the CPU: the ops of every layer called as functions, which saves the dispatcher nine calls a layer.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu/linear.h"
+#include "cpu/ops.h"
+
+namespace scrimp {
+
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+constexpr int64_t kParts = 7;    // linear layers of a decoder layer: q, k, v, o, gate, up, down
+constexpr int64_t kTensors = 6;  // of a part: weight, bias, scales, zeros, codebook, permutation
+constexpr int64_t kFormat = 3;   // numbers of a part: group size (0: dense), zero kind, mode
+constexpr int64_t kNorms = 4;    // attention, q, k, mlp
+
+// Parts that share their input.
+struct Parts {
+  const std::optional<Tensor>* tensors;  // [count, kTensors]
+  const int64_t* formats;                // [count, kFormat]
+  int64_t count;
+
+  Parts from(int64_t first, int64_t some) const {
+    return {tensors + first * kTensors, formats + first * kFormat, some};
+  }
+};
+
+// y += residual, both [B, T, N], of at most kLinearRows rows.
+static void add(const Tensor& y, const Tensor& residual) {
+  const int64_t rows = y.size(0) * y.size(1), N = y.size(2), size = y.element_size();
+  const Tensor other = as_contiguous(residual);
+  const void* at[kLinearRows];
+  for (int64_t m = 0; m < rows; ++m) at[m] = static_cast<const char*>(other.data_ptr()) + m * N * size;
+  SCRIMP_KERNEL(linear_add)
+  ({.rows = rows,
+    .inputs = 0,
+    .outputs = N,
+    .packed = nullptr,
+    .weight = nullptr,
+    .weight_stride = 0,
+    .index = nullptr,
+    .bias = nullptr,
+    .residual = at,
+    .residual_offset = 0,
+    .out = y.data_ptr(),
+    .out_stride = N,
+    .bf16 = y.scalar_type() == torch::headeronly::ScalarType::BFloat16});
+}
+
+// x [B, T, K] -> [B, T, sum of the parts' outputs]; all parts dense, or all 4-bit.
+static Tensor apply(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual) {
+  if (parts.formats[0] == 0) {
+    std::vector<Tensor> weights;
+    OptionalTensors biases;
+    for (int64_t i = 0; i < parts.count; ++i) {
+      weights.push_back(*parts.tensors[i * kTensors]);
+      biases.push_back(parts.tensors[i * kTensors + 1]);
+    }
+    return linear(x, weights, biases, residual);
+  }
+  int64_t N = 0;
+  for (int64_t i = 0; i < parts.count; ++i) N += parts.tensors[i * kTensors]->size(0);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), N});
+  for (int64_t i = 0, first = 0; i < parts.count; ++i) {
+    const auto* t = parts.tensors + i * kTensors;
+    const auto* format = parts.formats + i * kFormat;
+    const int64_t outputs = t[0]->size(0);
+    Tensor to = torch::stable::narrow(out, 2, first, outputs);
+    int4_linear_to(to, x, *t[0], *t[2], t[3], t[4], t[5], t[1], format[0], format[1], format[2]);
+    first += outputs;
+  }
+  if (residual) add(out, *residual);
+  return out;
+}
+
+static Tensor activate(int64_t activation, const Tensor& gate, const Tensor& up) {
+  return activation == 0 ? silu_mul(gate, up) : gelu_mul(gate, up, activation == 2);
+}
+
+static void check(const Tensor& x, const OptionalTensors& norms, const std::vector<double>& eps,
+                  const OptionalTensors& linears, const std::vector<int64_t>& formats,
+                  const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches,
+                  const std::vector<int64_t>& windows, int64_t heads, int64_t activation) {
+  const size_t layers = k_caches.size();
+  SCRIMP_CHECK(x.dim() == 3, "decoder_layers: x must be [B, T, d], got ", shape_text(x));
+  SCRIMP_CHECK(x.size(0) * x.size(1) <= kLinearRows, "decoder_layers: x has ", x.size(0) * x.size(1),
+               " rows; up to 64 can be computed together");
+  SCRIMP_CHECK(norms.size() == layers * kNorms && eps.size() == layers * kNorms, "decoder_layers: ", norms.size(),
+               " norms and ", eps.size(), " eps for ", layers, " layers; there must be 4 each");
+  SCRIMP_CHECK(linears.size() == layers * kParts * kTensors && formats.size() == layers * kParts * kFormat,
+               "decoder_layers: ", linears.size(), " tensors and ", formats.size(), " numbers of linear layers for ",
+               layers, " layers; there must be 42 and 21 each");
+  SCRIMP_CHECK(v_caches.size() == layers && windows.size() == layers, "decoder_layers: ", layers, " key caches, ",
+               v_caches.size(), " value caches, ", windows.size(), " windows");
+  SCRIMP_CHECK(heads > 0, "decoder_layers: heads=", heads, " must be at least 1");
+  SCRIMP_CHECK(0 <= activation && activation <= 2, "decoder_layers: activation=", activation, " must be 0, 1 or 2");
+  for (size_t i = 0; i < layers; ++i) {
+    SCRIMP_CHECK(norms[i * kNorms] && norms[i * kNorms + 3], "decoder_layers: a norm of layer ", i, " is missing");
+    SCRIMP_CHECK(k_caches[i].dim() == 4, "decoder_layers: k_caches[", i, "] must be [B, G, C, D], got ",
+                 shape_text(k_caches[i]));
+    for (int64_t part = 0; part < kParts; ++part) {
+      const auto* tensors = linears.data() + (i * kParts + part) * kTensors;
+      const auto* format = formats.data() + (i * kParts + part) * kFormat;
+      const bool dense = format[0] == 0;
+      SCRIMP_CHECK(tensors[0] && tensors[0]->dim() == 2 && (dense || tensors[2]), "decoder_layers: part ", part,
+                   " of layer ", i, " has no weight [N, K], or no scales");
+      SCRIMP_CHECK(0 <= format[1] && format[1] <= 3 && (format[2] == 0 || format[2] == 1),
+                   "decoder_layers: zero_kind=", format[1], " or mode=", format[2], " of layer ", i, " is unknown");
+      const bool first = part == 0 || part == 3 || part == 4 || part == 6;
+      SCRIMP_CHECK(first || dense == (format[-kFormat] == 0), "decoder_layers: parts ", part - 1, " and ", part,
+                   " of layer ", i, " must both be dense, or both 4-bit");
+    }
+  }
+}
+
+static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::vector<double>& eps,
+                             const OptionalTensors& linears, const std::vector<int64_t>& formats, const Tensor& cos,
+                             const Tensor& sin, const Tensor& positions, const Tensor& start, const Tensor& prefix,
+                             const std::optional<Tensor>& ancestors, const std::vector<Tensor>& k_caches,
+                             const std::vector<Tensor>& v_caches, const std::vector<int64_t>& windows, int64_t heads,
+                             int64_t activation, double scale) {
+  using torch::stable::narrow, torch::stable::view;
+  check(x, norms, eps, linears, formats, k_caches, v_caches, windows, heads, activation);
+  if (k_caches.empty()) return torch::stable::clone(x);
+  const int64_t B = x.size(0), T = x.size(1);
+  for (size_t i = 0; i < k_caches.size(); ++i) {
+    const Parts parts{linears.data() + i * kParts * kTensors, formats.data() + i * kParts * kFormat, kParts};
+    const auto norm = [&](const Tensor& of, int64_t which) {
+      const auto& weight = norms[i * kNorms + which];
+      return weight ? rms_norm(of, *weight, eps[i * kNorms + which]) : of;
+    };
+    const int64_t G = k_caches[i].size(1), D = k_caches[i].size(3);
+    Tensor qkv = apply(parts.from(0, 3), norm(x, 0), std::nullopt);
+    SCRIMP_CHECK(qkv.size(2) == (heads + 2 * G) * D, "decoder_layers: layer ", i, " gives ", qkv.size(2),
+                 " numbers for ", heads, " and ", G, " heads of ", D);
+    qkv = view(qkv, {B, T, heads + 2 * G, D});
+    const Tensor q = norm(narrow(qkv, 2, 0, heads), 1), k = norm(narrow(qkv, 2, heads, G), 2);
+    const Tensor v = narrow(qkv, 2, heads + G, G);
+    const Tensor turned = rotary_append(q, k, v, cos, sin, positions, start, k_caches[i], v_caches[i]);
+    const Tensor seen =
+        std::get<0>(tree_attention(turned, k_caches[i], v_caches[i], prefix, ancestors, windows[i], scale));
+    x = apply(parts.from(3, 1), view(torch::stable::transpose(seen, 1, 2), {B, T, heads * D}), x);
+    Tensor gate_up = apply(parts.from(4, 2), norm(x, 3), std::nullopt);
+    const int64_t half = gate_up.size(2) / 2;
+    x = apply(parts.from(6, 1), activate(activation, narrow(gate_up, 2, 0, half), narrow(gate_up, 2, half, half)), x);
+  }
+  return x;
+}
+
+}  // namespace scrimp
+
+STABLE_TORCH_LIBRARY_IMPL(scrimp, CPU, m) { m.impl("decoder_layers", TORCH_BOX(&scrimp::decoder_layers)); }

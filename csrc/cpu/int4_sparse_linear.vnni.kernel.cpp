@@ -1,0 +1,161 @@
+// int4_sparse_linear, the loops: spans of listed channels x tiles of outputs x rows.
+//
+// A span's channels are read side by side along the outputs of the part, while those of the next span are fetched. Sums
+// of a block stay in memory between its spans; its scales are applied once, and blocks are added in their order. In
+// int8 mode sums are exact, in exact mode they are taken in the order of the channels: a row's result depends neither
+// on the other rows nor on channels that are listed for their sake. Compiled with -ffp-contract=off, because int8 mode
+// rounds every operation; fused ones are written fma().
+#include "cpu/int4_sparse_linear.math.h"
+
+namespace scrimp::SCRIMP_ISA {
+namespace {
+
+constexpr int kTileRows = kLanes == 16 ? 2 : 1;  // rows whose sums stay in registers
+constexpr int kSlices = 16 / kLanes;             // vectors of codes in a tile
+constexpr int kSliceBytes = 4 * kLanes;
+
+typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
+
+// The scales and zeros of a group for the outputs of a tile; zeros behind the last one.
+struct Scales {
+  alignas(64) float scale[kInt4Tile], zero[kInt4Tile];
+};
+
+[[gnu::noinline]] void read_scales(const Int4SparsePart& p, int64_t group, int64_t first, Scales& to) {
+  const auto read = [&](auto* from, int64_t stride, float* values) {
+    for (int64_t n = 0; n < kInt4Tile; n += kLanes) {
+      store(values + n, load_first(from + group * stride + first + n, p.outputs - first - n));
+    }
+  };
+  with_type(p.scale_type, p.scales, [&](auto* from) { read(from, p.scales_stride, to.scale); });
+  if (!p.zeros) return;
+  if (p.byte_zeros) return read(static_cast<const uint8_t*>(p.zeros), p.zeros_stride, to.zero);
+  with_type(p.scale_type, p.zeros, [&](auto* from) { read(from, p.zeros_stride, to.zero); });
+}
+
+// R rows from `row` on take in a span, for the outputs of a slice of a tile.
+template <int R, class Math>
+SCRIMP_INLINE void step(const Math& math, const Int4Span& span, const Scales& scales, int64_t tile, int slice,
+                        int64_t row) {
+  const Int4SparsePart& p = math.p;
+  const int64_t begin = slice * kLanes, stride = p.width;
+  float* const held = p.sums + row * stride + tile * kInt4Tile + begin;
+  float* const totals = p.totals + row * stride + tile * kInt4Tile + begin;
+  typename Math::Lanes sum[R][kVectors] = {};
+  if (!span.opens) {
+    for_vectors<R, kVectors>([&](int r, int i) { memcpy(&sum[r][i], held + r * stride + 16 * i, sizeof(Vec)); });
+  }
+  math.template add<R>(span, tile * 64 + slice * kSliceBytes, row, sum);
+  if (!span.closes) {
+    for_vectors<R, kVectors>([&](int r, int i) { memcpy(held + r * stride + 16 * i, &sum[r][i], sizeof(Vec)); });
+    return;
+  }
+  math.template close<R>(sum);
+  for_vectors<R, kVectors>([&](int r, int i) {
+    const Vec scale = load(scales.scale + begin + 16 * i), zero = load(scales.zero + begin + 16 * i);
+    float* const total = totals + r * stride + 16 * i;
+    store(total, math.term(sum[r][i], span.block * math.x.rows + row + r, scale, zero, load(total)));
+  });
+}
+
+template <class Math>
+void run(const Int4SparsePart& part) {
+  const Math math(part);
+  const Int4SparsePart& p = math.p;
+  const Int4SparseList& list = math.list;
+  const int64_t rows = math.x.rows;
+  memset(p.totals, 0, sizeof(float) * rows * p.width);
+  Scales scales = {};
+  for (int64_t s = 0; s < list.span_count; ++s) {
+    const Int4Span span = list.spans[s], next = list.spans[s + 1 < list.span_count ? s + 1 : s];
+    for (int64_t tile = 0; tile < p.width / kInt4Tile; ++tile) {
+      if (span.closes) read_scales(p, span.block * list.block / p.group, tile * kInt4Tile, scales);
+      for (int64_t j = 4 * next.first; j < 4 * (next.first + next.quads); ++j) {
+        __builtin_prefetch(p.codes + tile * 64 + list.channel[j] * p.codes_stride, 0, 2);
+      }
+      for (int slice = 0; slice < kSlices; ++slice) {
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+          with_constant<kTileRows>(rows - row, [&](auto count) __attribute__((always_inline)) {
+            step<decltype(count)::value>(math, span, scales, tile, slice, row);
+          });
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void finish(const Int4SparsePart& p, const T* bias) {
+  for (int64_t row = 0; row < p.x->rows; ++row) {
+    for (int64_t n = 0; n < p.outputs; n += kLanes) {
+      Vec y = load(p.totals + row * p.width + n);
+      if (bias) y += load_first(bias + n, p.outputs - n);
+      store_first(static_cast<T*>(p.out) + row * p.out_stride + n, y, p.outputs - n);
+    }
+  }
+}
+
+// ---- rows of x ----
+
+// values[columns] to integers, which are zeros before; returns their sum, and their scale in *scale. Columns are whole
+// vectors.
+float quantize(const float* values, int64_t columns, int8_t* integers, float* scale) {
+  const Steps found = steps_of(values, columns);
+  *scale = found.scale;
+  if (!found.usable) return 0.0f;
+  Vec sum{};
+  for (int64_t k = 0; k < columns; k += kLanes) {
+    const Vec rounded = round_steps(load(values + k), broadcast(found.steps));
+    sum += rounded;
+    const QuarterVec bytes = __builtin_convertvector(__builtin_convertvector(rounded, IntVec), QuarterVec);
+    memcpy(integers + k, &bytes, sizeof bytes);
+  }
+  return sum_lanes(sum);
+}
+
+// The listed values lie at their places in the block, so that sums do not depend on the list; fillers read a zero
+// behind it.
+template <class T>
+void pack(const Int4SparseRow& row, const T* x) {
+  const Int4SparseRows to = *row.to;
+  const Int4SparseList list = *to.list;
+  for (int64_t s = 0, end; s < list.span_count; s = end) {
+    for (end = s + 1; !list.spans[end - 1].closes; ++end) continue;
+    const int64_t first = list.spans[s].first, last = list.spans[end - 1].first + list.spans[end - 1].quads;
+    const int64_t at = list.spans[s].block * to.rows + row.row;
+    float values[kInt4Block + 1] = {};
+    for (int64_t j = 4 * first; j < 4 * last; ++j) values[list.place[j]] = one(x + list.input[j]);
+    if (to.int8) {
+      int8_t integers[kInt4Block + 1] = {};
+      to.sums[at] = quantize(values, list.block, integers, to.scales + at);
+      to.starts[at] = -to.center * static_cast<int32_t>(to.sums[at]);
+      for (int64_t quad = first; quad < last; ++quad) {
+        int8_t* const word = to.integers + 4 * (quad * to.rows + row.row);
+        for (int i = 0; i < 4; ++i) word[i] = integers[list.place[4 * quad + i]];
+      }
+    } else {
+      values[kInt4Block] = 0.0f;
+      Vec sum{};
+      for (int64_t k = 0; k < list.block; k += kLanes) sum += load(values + k);
+      to.sums[at] = sum_lanes(sum);
+      for (int64_t j = 4 * first; j < 4 * last; ++j) to.values[j * to.rows + row.row] = values[list.place[j]];
+    }
+  }
+}
+
+}  // namespace
+
+void int4_sparse_pack(const Int4SparseRow& row) {
+  with_type(row.type, row.x, [&](auto* x) { pack(row, x); });
+}
+
+void int4_sparse_linear(const Int4SparsePart& part) {
+  if (part.x->int8) {
+    part.codebook ? run<Int8Math<true, WideSums>>(part) : run<Int8Math<false, NibbleSums>>(part);
+  } else {
+    part.codebook ? run<ExactMath<true>>(part) : run<ExactMath<false>>(part);
+  }
+  with_type(part.type, part.bias, [&](auto* bias) { finish(part, bias); });
+}
+
+}  // namespace scrimp::SCRIMP_ISA

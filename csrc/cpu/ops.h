@@ -1,0 +1,28 @@
+// The CPU's ops as functions, for an op that is made of others. They check what they are given.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+
+namespace scrimp {
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor silu_mul(const Tensor& gate, const Tensor& up);
+Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh);
+Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+              const std::optional<Tensor>& residual);
+// `out` [.., N] may be a slice of the last dimension of a contiguous tensor.
+void int4_linear_to(const Tensor& out, const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                    const std::optional<Tensor>& zeros, const std::optional<Tensor>& codebook,
+                    const std::optional<Tensor>& permutation, const std::optional<Tensor>& bias, int64_t group_size,
+                    int64_t zero_kind, int64_t mode);
+Tensor rotary_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                     const Tensor& positions, const Tensor& start, const Tensor& k_cache, const Tensor& v_cache);
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                          const Tensor& prefix, const std::optional<Tensor>& ancestors, int64_t window,
+                                          double scale);
+
+}  // namespace scrimp

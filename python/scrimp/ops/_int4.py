@@ -1,0 +1,3 @@
+"""What the ops of 4-bit weights share."""
+
+MODES = ("exact", "int8")
