@@ -142,7 +142,8 @@ def channel_select(
         dropped channels, and of all. The root of their quotient estimates the relative error of the layer's output.
 
     Raises:
-        ValueError: a rank, shape, device, dtype or rule that does not fit, a negative or NaN `level`, with the value.
+        ValueError: a rank, shape, device, dtype or rule that does not fit, a negative or NaN `level`, with the value;
+            on a GPU more than 16,384 channels, or 4,096 by "top_p".
 
     Source: WINA (2505.19427) equation 4, TEAL (2408.14690), centring as SCAP (2412.07174).
 
