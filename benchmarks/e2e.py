@@ -66,7 +66,7 @@ def cases() -> list[Case]:
         case("copy", FP32, prompt=300, new=64, batch=1, peers=("hf", "hf_lookup")),
         case("decode", BF16, prompt=64, new=64, batch=1, peers=("hf",)),
         *(int4_case(stock, mode, prompt=64, new=64) for stock in (False, True) for mode in ("int8", "exact")),
-        sparse_case(prompt=64, new=64),
+        *(sparse_case(mode, prompt=64, new=64) for mode in ("", "int8")),
         *(head_case(kind, prompt=64, new=64) for kind in HEADS),
         *(tree_case(name, "", 300, 1, ("self-plain", "hf_lookup")) for name in QUESTIONS),
         tree_case("tree-text", "", 64, 1, ("self-plain", "hf_lookup")),
@@ -100,10 +100,16 @@ def int4_case(stock: bool, mode: str, prompt: int, new: int) -> Case:
     return Case("e2e", name, FP32, shape, peers, make)
 
 
-def sparse_case(prompt: int, new: int) -> Case:
-    """Decoding with half of the channels, beside Hugging Face's loop with that model and ours with the dense one."""
+def sparse_case(mode: str, prompt: int, new: int) -> Case:
+    """Decoding with half of the channels, beside Hugging Face's loop with that model and ours with the dense one.
+
+    With a mode the layers are 4-bit ones, of the dense one, too; self-fp32 is our loop with the model in fp32.
+    """
     shape = {"m": 1, "batch": 1, "n": prompt, "new_tokens": new}
-    return Case("e2e", "sparse", FP32, shape, ("hf", "self-dense"), partial(sparse_problem, prompt, new))
+    name, peers = (
+        (f"sparse-int4-{mode}", ("hf", "self-dense", "self-fp32")) if mode else ("sparse", ("hf", "self-dense"))
+    )
+    return Case("e2e", name, FP32, shape, peers, partial(sparse_problem, mode, prompt, new))
 
 
 def head_case(kind: str, prompt: int, new: int) -> Case:
@@ -127,12 +133,12 @@ def quantized(mode: str) -> Any:
 
 
 @cache
-def sparsified() -> Any:
-    """The demo model, skipping channels by scrimp's defaults."""
+def sparsified(mode: str) -> Any:
+    """The demo model, in fp32 or with 4-bit layers of a mode, skipping channels by scrimp's defaults."""
     dense, tokenizer = loaded(FP32)
     texts = text.windows(tokenizer, SPARSE_TOKENS, "calibration", SPARSE_TEXTS)
-    model = copy.deepcopy(dense)
-    scrimp.sparsify(model, scrimp.calibrate(dense, texts, progress=False), SPARSITY)
+    model = copy.deepcopy(quantized(mode) if mode else dense)
+    scrimp.sparsify(model, scrimp.calibrate(model, texts, progress=False), SPARSITY)
     return model
 
 
@@ -193,15 +199,17 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
     )
 
 
-def sparse_problem(length: int, new: int) -> Problem:
+def sparse_problem(mode: str, length: int, new: int) -> Problem:
     """Hugging Face's logits are those of one token after the other: several at once are read densely."""
-    dense, tokenizer = loaded(FP32)
-    model, ids = sparsified(), prompts("sparse", tokenizer, length, 1)
+    fp32, tokenizer = loaded(FP32)
+    model, ids = sparsified(mode), prompts("sparse", tokenizer, length, 1)
+    own = {"self-dense": quantized(mode) if mode else fp32, "self-fp32": fp32}
+    near_tie = INT8_TIE if mode == "int8" else NEAR_TIE[FP32]
     return replace(
         problem := of_model(model, ids, new),
-        check=lambda got: check(model, ids, got, NEAR_TIE[FP32], stepwise),
-        own={"self-dense": of_model(dense, ids, new).ours},
-        fields={**problem.fields, "sparsity": SPARSITY},
+        check=lambda got: check(model, ids, got, near_tie, stepwise),
+        own={name: of_model(other, ids, new).ours for name, other in own.items()},
+        fields={**problem.fields, "sparsity": SPARSITY, "mode": mode},
     )
 
 

@@ -11,7 +11,9 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from math import isnan, nan
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -61,18 +63,26 @@ def dropped(usage: Usage, report: Report) -> float:
     return needless / sum(layer.weights for layer in report.layers)
 
 
+def errors(usage: Usage) -> Row:
+    """Medians over the layers of the relative errors of their outputs: estimated, and certified where asked for."""
+    layers = usage.layers()
+    found = {"layer_error": [layer.error for layer in layers], "layer_bound": [layer.bound for layer in layers]}
+    return {name: round(median(values), 4) for name, values in found.items() if layers and not any(map(isnan, values))}
+
+
 def line(row: Row) -> str:
     """A row for people."""
     return (
         f"{row['method']:<13} {row['allocation']:<9} {row['sparsity']:7.0%} {row['dropped']:8.1%} {row['saved']:7.1%}  "
         f"{row['perplexity']:8.4f}  {100 * (row['perplexity_ratio'] - 1):+7.2f} +- {100 * row['ratio_error']:.2f} %  "
-        f"{row['kl_mean']:8.5f}  {row['top1_agreement']:7.2%}"
+        f"{row['kl_mean']:8.5f}  {row['top1_agreement']:7.2%}  {row.get('layer_error', nan):7.4f} "
+        f"{row.get('layer_bound', nan):7.4f}"
     )
 
 
 HEAD = (
     f"{'method':<13} {'shared':<9} {'asked':>7} {'dropped':>8} {'saved':>7}  {'perplex.':>8}  {'change':>16}  "
-    f"{'KL mean':>8}  {'top-1':>7}"
+    f"{'KL mean':>8}  {'top-1':>7}  {'error':>7} {'at most':>7}"
 )
 
 
@@ -88,6 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default 512)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
     parser.add_argument("--windows", type=int, default=16, metavar="N", help="held-out windows (default 16)")
+    parser.add_argument("--certified", action="store_true", help="bounds of the layers' errors, too (slower)")
     parser.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows as an SVG file")
@@ -113,11 +124,11 @@ def main(words: Sequence[str] | None = None) -> int:
             except ValueError as error:
                 print(f"{method:<13} {allocation:<9} {sparsity:7.0%}: {error}")
                 continue
-            with metered(other) as usage:
+            with metered(other, asked.certified) as usage:
                 found, dense = quality(Reader(other), windows, reference)
             own: Row = {"method": method, "allocation": allocation, "sparsity": sparsity}
             own |= {"dropped": round(dropped(usage, report), 4), "saved": round(report.saved, 4)}
-            own |= {"ratio_error": round(spread(found, dense), 5)}
+            own |= {"ratio_error": round(spread(found, dense), 5), **errors(usage)}
             rows.append(row(f"{method}-{allocation}-{sparsity:g}", found, dense.perplexity, fields | own))
             print(line(rows[-1]), flush=True)
     print(f"dense: perplexity {rows[0]['reference_perplexity']}")

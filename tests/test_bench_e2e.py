@@ -95,18 +95,19 @@ def test_int4_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.Mo
     e2e.quantized.cache_clear()
 
 
-def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["", "int8"])
+def test_sparse_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
     monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch, :length])
     monkeypatch.setattr(e2e.text, "windows", lambda *_: texts)
-    e2e.sparsified.cache_clear()
-    case = e2e.sparse_case(prompt=12, new=6)
+    for made in (e2e.quantized, e2e.sparsified):
+        made.cache_clear()
+    case = e2e.sparse_case(mode, prompt=12, new=6)
     problem = case.make()
     found = rows.case_rows(case, problem, measure.probes(torch.float32, size=64, elements=2**12), 0.0)
-    assert [(row["peer"], row["note"], row["sparsity"]) for row in found] == [
-        ("hf", "", 0.5),
-        ("self-dense", "", 0.5),
+    assert [(row["peer"], row["note"], row["sparsity"], row["mode"]) for row in found] == [
+        (peer, "", 0.5, mode) for peer in (("hf", "self-dense", "self-fp32") if mode else ("hf", "self-dense"))
     ]
     assert found[0]["identical_tokens"] == 6
     assert found[0]["perplexity_ratio"] != pytest.approx(1, rel=1e-3)
@@ -114,7 +115,8 @@ def test_sparse_rows(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
     got[0, 3] = (got[0, 3] + 1) % 97
     with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
         problem.check(got)
-    e2e.sparsified.cache_clear()
+    for made in (e2e.quantized, e2e.sparsified):
+        made.cache_clear()
 
 
 def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +126,7 @@ def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest
     sizes = ["--texts", "2", "--length", "32", "--window", "32", "--windows", "2", "--sparsities", "0", "0.6"]
     out = tmp_path / "rows.json"
     picture = tmp_path / "out.svg"
-    asked = [str(tmp_path / "model"), *sizes, "--plot", str(picture)]
+    asked = [str(tmp_path / "model"), *sizes, "--plot", str(picture), "--certified"]
     assert wina_quality.main([*asked, "--json", str(out), "--csv", f"{out}.csv"]) == 0
     found = json.loads(out.read_text())
     names = [variant.replace(":", "-") for variant in wina_quality.VARIANTS]
@@ -136,6 +138,8 @@ def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest
         exact = row["sparsity"] == 0
         assert (row["kl_mean"] < 1e-5) == exact
         assert (row["ratio_error"] < 1e-4) == exact
+        if row["method"] != "cats" and not exact:
+            assert 0.05 < row["layer_error"] < row["layer_bound"]
         rotations = 0.3 if "rotated" in row["method"] else 0.0  # 2 d^2 of 2 d (d + d_kv) + 3 d f
         assert row["saved"] == pytest.approx(row["sparsity"] - rotations, abs=0.02)
     printed = capsys.readouterr().out

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from scrimp.benchmarks import channel_select, measure, rows, sparse_linear
+from scrimp.benchmarks import (
+    channel_select,
+    int4_linear,
+    int4_sparse_linear,
+    int4_sparse_step,
+    measure,
+    rows,
+    sparse_linear,
+)
 from scrimp.benchmarks.registry import Case
 
 from scrimp.ops.channel_select import RULES
@@ -39,6 +47,25 @@ def test_sparse_linear_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -
         problem.check(out)
 
 
+def test_int4_sparse_linear_rows_and_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (int4_linear, int4_sparse_linear):
+        monkeypatch.setattr(module, "COLD_BYTES", 2**12)
+    monkeypatch.setitem(int4_sparse_linear.SHAPES, "tiny", (40, 256, 32, "uint8"))
+    monkeypatch.setattr(int4_sparse_linear, "WITH_FLOATS", ("tiny",))
+    for choice, mode in (("1-half", "int8"), ("4-half", "exact")):
+        case = int4_sparse_linear.case("tiny", choice, mode, torch.float32)
+        for row in measured(case):
+            assert not row["note"].startswith(rows.FAILURES)
+            assert row["ratio"] > 0
+            assert (row["mode"], row["group_size"]) == (mode, 32)
+        problem = case.make()
+        out = problem.ours()
+        problem.check(out)
+        out[0, 39] += 0.5
+        with pytest.raises(AssertionError, match="above the bound"):
+            problem.check(out)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_channel_select_rows(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(channel_select.CHANNELS, "tiny", 50)
@@ -54,3 +81,16 @@ def test_channel_select_rows(rule: str, monkeypatch: pytest.MonkeyPatch) -> None
     index[0] += 1
     with pytest.raises(AssertionError, match="index is not the reference's in 1 places"):
         problem.check(found)
+
+
+@pytest.mark.parametrize("mode", ["int8", "exact"])
+def test_int4_sparse_step(mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(measure, "PROBE_SIZES", {"cpu": (8, 2**12)})
+    sizes = ["--layers", "2", "--width", "64", "--group-size", "32", "--mode", mode, "--threads", "1"]
+    assert int4_sparse_step.main([*sizes, "--sparsity", "0.6"]) == 0
+    title, _, *lines = capsys.readouterr().out.splitlines()
+    assert float(title.split(f"{mode}, ")[1].split("%")[0]) == pytest.approx(60, abs=10)
+    assert [line.split()[0] for line in lines] == ["dense", "sparse"]
+    limits = [float(line.split()[5]) for line in lines]
+    assert len(limits) == 2
+    assert all(float(line.split()[6].rstrip("%")) > 0 for line in lines)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from scrimp.benchmarks import codebook_topk, measure, rows, vq_logits, vq_quality, vq_sample
+from scrimp.benchmarks import codebook_quality, codebook_topk, measure, rows, vq_logits, vq_quality, vq_sample
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,17 +76,37 @@ def test_codebook_topk_check_sees_a_wrong_result() -> None:
             problem.check(found)
 
 
-def test_vq_quality(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As many codes as tokens are the head itself; fewer are worse and smaller, and training helps."""
+@pytest.fixture
+def small_model(tokenizer: Any, tmp_path: Path) -> str:
     sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.2))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_codebook_quality(small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More codes disturb less; each is judged before training and after it."""
+    out = tmp_path / "rows.json"
+    words = [small_model, "--codes", "2", "150", "--k", "1", "--euclidean", "--steps", "15"]
+    sizes = ["--texts", "4", "--windows", "2", "--length", "64", "--json", str(out)]
+    assert codebook_quality.main([*words, *sizes]) == 0
+    found = {(row["where"], row["codes"], row["steps"]): row for row in json.loads(out.read_text())}
+    assert list(found) == [
+        (where, codes, steps) for where in ("mlp", "heads") for codes in (2, 150) for steps in (0, 15)
+    ]
+    for where in ("mlp", "heads"):
+        assert found[where, 2, 0]["top1_agreement"] < found[where, 150, 0]["top1_agreement"] < 1
+    assert "without codes: perplexity" in capsys.readouterr().out
+
+
+def test_vq_quality(small_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many codes as tokens are the head itself; fewer are worse and smaller, and training helps."""
     sizes = ["--texts", "4", "--length", "64", "--window", "32", "--windows", "2", "--steps", "30"]
     out = tmp_path / "rows.json"
     files = ["--json", str(out), "--csv", f"{out}.csv"]
-    assert vq_quality.main([str(tmp_path / "model"), "--codes", "16", "256", *sizes, *files]) == 0
+    assert vq_quality.main([small_model, "--codes", "16", "256", *sizes, *files]) == 0
     found = {row["case"]: row for row in json.loads(out.read_text())}
     assert list(found) == [f"{repair}-{K}" for K in (16, 256) for repair in vq_quality.REPAIRS]
     assert found["plain-256"]["kl_mean"] < 1e-6

@@ -67,7 +67,7 @@ struct Split {
     codes = round_up(divide_up(C, wanted), kCodebookPanel);
     parts = divide_up(C, codes);
     block = std::max(kCodeBytes / (4 * (D + 1)) / kCodebookPanel, int64_t{1}) * kCodebookPanel;
-    block = std::min(block, codes);
+    block = T <= kRowTiles ? kCodebookPanel : std::min(block, codes);  // packed codes that are used once stay closer
   }
 };
 

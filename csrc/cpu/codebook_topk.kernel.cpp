@@ -34,24 +34,41 @@ void pack_rows(const CodebookSearch& s) {
   }
 }
 
+// The next numbers of kLanes codes, zeros where there are none.
+template <class T>
+SCRIMP_INLINE void load_block(Vec (&block)[kLanes], const T* from, int64_t stride, int64_t codes, int64_t numbers) {
+  if (codes >= kLanes && numbers >= kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      __builtin_prefetch(from + (kLanes + i) * stride);  // codes are short for the hardware to foresee
+      block[i] = load(from + i * stride);
+    }
+  } else {
+    for (int i = 0; i < kLanes; ++i) block[i] = i < codes ? load_first(from + i * stride, numbers) : Vec{};
+  }
+}
+
 // Up to kLanes codes become a vector for each d, kPanel apart, and one of what is added to their scores.
 template <class T>
 void pack_lanes(const CodebookSearch& s, const T* codebook, int64_t code, int64_t count, float* to) {
   const T* from = codebook + code * s.codebook_stride;
   Vec norm{}, lost{};  // a sum of squares, compensated: its rounding would be that of a number larger than the scores
   for (int64_t d = 0; d < s.width; d += kLanes) {
+    const int64_t numbers = s.width - d;
     Vec block[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      __builtin_prefetch(from + (kLanes + i) * s.codebook_stride + d);  // rows are short for the hardware to foresee
-      block[i] = i < count ? load_first(from + i * s.codebook_stride + d, s.width - d) : Vec{};
-    }
+    load_block(block, from + d, s.codebook_stride, count, numbers);
     transpose(block);
-    for (int64_t i = 0; i < kLanes && d + i < s.width; ++i) {
-      const Vec more = fma(block[i], block[i], lost), sum = norm + more;
-      lost = more - (sum - norm);
-      norm = sum;
-      store(to + (d + i) * kPanel, block[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < numbers) store(to + (d + i) * kPanel, block[i]);
     }
+    if (!s.euclidean) continue;
+    Vec squares{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) squares = fma(block[i], block[i], squares);  // zeros behind the width
+    const Vec more = squares + lost, sum = norm + more;
+    lost = more - (sum - norm);
+    norm = sum;
   }
   const Vec bias = s.bias && count > 0 ? load_first(s.bias + code, count) : Vec{};
   store(to + s.width * kPanel, s.euclidean ? bias - 0.5f * norm : bias);
@@ -120,6 +137,7 @@ void tile(const CodebookSearch& s, int64_t row, const float* panel, int64_t code
   for (int64_t d = 0; d < before; d += kSum) {
     Vec part[C][2] = {};
     add_products<C>(part, x, panel, kSum);
+#pragma GCC unroll 12
     for (int c = 0; c < C; ++c) {
       store(found[c], d ? load(found[c]) + part[c][0] : part[c][0]);
       store(found[c] + kLanes, d ? load(found[c] + kLanes) + part[c][1] : part[c][1]);

@@ -281,6 +281,9 @@ OUTSIDE = {
 @pytest.mark.parametrize("case", OUTSIDE)
 def test_values_out_of_range(name: str, case: str) -> None:
     changes, words = OUTSIDE[case]
+    if name.startswith("cuda"):
+        assert -1 in ALL[name](*arguments(**changes)).tolist()
+        return
     with pytest.raises((ValueError, RuntimeError), match=words):
         ALL[name](*arguments(**changes))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,6 +45,14 @@ def _check(
         group_size=group_size,
         zero_kind=ZERO_KINDS[zero_kind],
     )
+    _check_input(x, qweight, codebook, permutation, bias, mode)
+
+
+def _check_input(
+    x: Tensor, qweight: Tensor, codebook: Tensor | None, permutation: Tensor | None, bias: Tensor | None, mode: int
+) -> None:
+    """What a weight that was checked when it was made does not know."""
+    op = "int4_linear"
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be [..., inputs], got a scalar")
     check_dtype(op, "x", x, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -175,7 +181,6 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, mo
         raise ValueError(f"int4_linear: mode={mode!r} must be one of {', '.join(MODES)}")
     if x.dim() and x.shape[-1] != weight.in_features:
         raise ValueError(f"int4_linear: x has {x.shape[-1]} inputs, but the weight {weight.in_features}")
-    zero_kind, tensors = ZERO_KINDS.index(weight.zero_kind), weight.tensors().values()
-    args: tuple[Any, ...] = (x, *tensors, bias, weight.group_size, zero_kind, MODES.index(mode))
-    _check(*args)
-    return _call(*args)
+    zero_kind, which = ZERO_KINDS.index(weight.zero_kind), MODES.index(mode)
+    _check_input(x, weight.qweight, weight.codebook, weight.permutation, bias, which)
+    return _call(x, *weight.tensors().values(), bias, weight.group_size, zero_kind, which)

@@ -100,7 +100,7 @@ def tree_accept(
     temperature 0 there is no noise, and of equal logits the lowest id wins.
 
     Args:
-        logits: `[B, T, V]` fp32 or bf16, of the token after each row; any strides. Only rows on the walk are read.
+        logits: `[B, T, V]` fp32 or bf16, of the token after each row; any strides. Only rows on the walk count.
         tokens: int64 `[B, T]`, the token that each row holds; that of row 0 does not matter.
         parents: int32 `[B, T]`, an earlier row; -1 for row 0 and for rows that are no part of the tree.
         temperature: fp32 `[B]`, finite, not negative.
@@ -115,6 +115,9 @@ def tree_accept(
     Raises:
         ValueError: a shape, device or dtype that does not fit, with the value.
         RuntimeError: parents or temperatures out of range (ValueError by the reference).
+
+    The hash is the same everywhere, its logarithm each device's own: tokens drawn on two devices are equal unless two
+    noisy scores are within its rounding, some 2^-50 of their size.
 
     Source: token matching of SpecInfer (2305.09781), section 4; noise shared with plain decoding as in Gumbel-max.
 

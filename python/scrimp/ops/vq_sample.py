@@ -130,7 +130,9 @@ def vq_sample(
 
     g_v is Gumbel noise of (seed, position, v) alone, that of `scrimp.ops.tree_accept` and `scrimp.generate`: the token
     is the one that they draw from the same logits, so it has the distribution of their softmax, and a draft by a VQ
-    head agrees with a dense head's draw as often as their logits let it. At temperature 0 there is no noise, and of
+    head agrees with a dense head's draw as often as their logits let it. The hash behind the noise is the same on every
+    device, its logarithms are those of the device's double precision: from equal logits, tokens can differ only where
+    two sums of score and noise agree to some 15 digits. At temperature 0 there is no noise, and of
     equal logits, as the tokens of one code have, the lowest id wins. The memory besides the scores of the codes does
     not depend on V.
 
@@ -151,7 +153,8 @@ def vq_sample(
 
     Raises:
         ValueError: a shape, device, dtype or option that does not fit, with the value.
-        RuntimeError: codes or temperatures out of range (ValueError by the reference).
+        RuntimeError: codes or temperatures out of range (ValueError by the reference). On a GPU, where no value is read
+            on the host, the tokens of such rows are -1 instead.
 
     Source: VQ-Logits (2505.10202); Gumbel-max with counter-based noise, as in `tree_accept`.
 

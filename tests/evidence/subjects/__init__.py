@@ -10,15 +10,17 @@ from .rotary_append import SUBJECT as rotary_append
 from .silu_mul import SUBJECT as silu_mul
 from .sparse_attention import SUBJECT as sparse_attention
 from .subject import Case, Mutant, Subject, pairwise
+from .tree_accept import SUBJECT as tree_accept
 from .tree_attention import SUBJECT as tree_attention
 from .vertical_slash_index import SUBJECT as vertical_slash_index
 from .vq_logits import SUBJECT as vq_logits
+from .vq_sample import SUBJECT as vq_sample
 
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
         gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention,
-        tree_attention, vertical_slash_index, vq_logits,
+        tree_accept, tree_attention, vertical_slash_index, vq_logits, vq_sample,
     )
 }  # fmt: skip
 

@@ -211,9 +211,10 @@ def test_bad_texts_and_models(calibrated: Calibrated, text: Tensor) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"calibrate: the inputs of model.layers.1.mlp.down_proj are not finite"):
         scrimp.calibrate(model, text, progress=False)
-    scrimp.quantize(model, "rtn", 16, progress=False, skip=("lm_head", "up_proj"))
-    with pytest.raises(ValueError, match=r"calibrate: model.layers.0.self_attn.q_proj is a Int4Linear, not a dense"):
-        scrimp.calibrate(model, text, progress=False)
+    sparse, calibration = calibrated("llama")
+    scrimp.sparsify(sparse, calibration)
+    with pytest.raises(ValueError, match=r"calibrate: model.layers.0.self_attn.q_proj is a SparseLinear, not a dense"):
+        scrimp.calibrate(sparse, text, progress=False)
     other = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="calibrate: a GPT2LMHeadModel is none of LlamaForCausalLM, Mistral"):
         scrimp.calibrate(other, text, progress=False)

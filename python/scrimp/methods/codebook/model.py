@@ -186,7 +186,7 @@ def _activations(model: nn.Module, sites: Sequence[str], tokens: Tensor, before:
     handles, training = [watch(name) for name in sites], model.training
     try:
         model.eval()
-        for row in tokens:
+        for row in tokens.to(next(model.parameters()).device):
             model(input_ids=row[None], use_cache=False)
     finally:
         model.train(training)

@@ -2,6 +2,7 @@
 
 from .calibrate import calibrate
 from .calibration import METHODS, SPARSITIES, Calibration
+from .int4_linear import Int4SparseLinear
 from .linear import Selection, SparseLinear
 from .sparsify import ALLOCATIONS, LayerReport, Report, sparsify
 from .usage import LayerUsage, Usage, metered
@@ -11,6 +12,7 @@ __all__ = [
     "METHODS",
     "SPARSITIES",
     "Calibration",
+    "Int4SparseLinear",
     "LayerReport",
     "LayerUsage",
     "Report",

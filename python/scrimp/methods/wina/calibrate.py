@@ -16,6 +16,7 @@ from ..int4 import blocks as parts
 from .calibration import METHODS, SPARSITIES, Calibration, Group
 from .cats import activation
 from .groups import gated, groups_of, reads_residual
+from .int4_linear import dequantized
 from .rotation import axes
 from .sensitivity import sensitivities
 
@@ -31,7 +32,8 @@ def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bo
     activations are unlike all others, and it is always read densely.
 
     Args:
-        model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma (1, 2, 3) or Phi (1, 2, 3, 4) with dense weights.
+        model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma (1, 2, 3) or Phi (1, 2, 3, 4). 4-bit layers are
+            measured as the dense ones that they stand for, which take their memory for the time being.
         text: tokens int64 `[samples, n]`, or a list of `[1, n]`, n at least 2.
         progress: show a progress bar.
 
@@ -45,6 +47,11 @@ def calibrate(model: nn.Module, text: Tensor | Sequence[Tensor], *, progress: bo
     """
     from tqdm.auto import tqdm
 
+    with dequantized(model) as was_int4:
+        if was_int4:
+            made = calibrate(model, text, progress=progress)
+    if was_int4:
+        return replace(made, weight_hash=weight_hash(model))
     groups = groups_of(model, "calibrate")
     texts = list(text.split(1)) if isinstance(text, Tensor) else list(text)
     if not texts:
@@ -114,13 +121,21 @@ def _measure(model: nn.Module, names: tuple[str, ...], inputs: dict[str, list[Te
         for plain, rotated in (("teal", "teal-rotated"), ("wina", "wina-rotated")):
             i, j = METHODS.index(plain), METHODS.index(rotated)
             levels[j], errors[j] = levels[i], errors[i]
-    mlp = model.get_submodule(names[0].rpartition(".")[0])
-    opened = inputs.get(names[0].replace("down", "gate"))
-    if gated(names) and opened is not None and activation_of(mlp.get_submodule("act_fn")) is not None:
-        gate = mlp.get_submodule("gate_proj")
-        open_rows = gate(sampled(opened).to(gate.get_parameter("weight").dtype))
-        curves("cats", rows, activation(mlp, "calibrate")(open_rows).float().abs())
+    gates = _gates(model, names, inputs)
+    if gates is not None:
+        curves("cats", rows, gates.abs())
     return Group(names, weight.shape[0], norms, centers, levels, errors)
+
+
+def _gates(model: nn.Module, names: tuple[str, ...], inputs: dict[str, list[Tensor]]) -> Tensor | None:
+    """act(gate) of the rows that `sampled` takes, for the layer behind a gate; None for others."""
+    opened = inputs.get(names[0].replace("down", "gate"))
+    mlp = model.get_submodule(names[0].rpartition(".")[0])
+    if opened is None or not gated(names) or activation_of(mlp.get_submodule("act_fn")) is None:
+        return None
+    gate = mlp.get_submodule("gate_proj")
+    found: Tensor = gate(sampled(opened).to(gate.get_parameter("weight").dtype))
+    return activation(mlp, "calibrate")(found).float()
 
 
 def sampled(inputs: list[Tensor]) -> Tensor:

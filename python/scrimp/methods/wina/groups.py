@@ -28,11 +28,11 @@ FAMILIES = {
 RESIDUAL = ("q_proj", "qkv_proj", "gate_proj", "gate_up_proj", "fc1")  # first layers of what reads the residual stream
 
 
-def groups_of(model: nn.Module, who: str) -> list[list[tuple[str, ...]]]:
+def groups_of(model: nn.Module, who: str, *others: type[nn.Module]) -> list[list[tuple[str, ...]]]:
     """For each decoder layer its groups: names of the linear layers of one input. The head is not among them.
 
     Raises:
-        ValueError: beginning with `who`; a model of another family, or a layer that is not a dense one.
+        ValueError: beginning with `who`; a model of another family, or a layer neither dense nor of `others`.
     """
     shared = FAMILIES.get(type(model).__name__)
     if shared is None:
@@ -44,7 +44,7 @@ def groups_of(model: nn.Module, who: str) -> list[list[tuple[str, ...]]]:
         found.append([tuple(f"{at}.{name}" for name in names) for names in shared])
         for name in (name for names in found[-1] for name in names):
             kind = type(model.get_submodule(name))
-            if kind is not nn.Linear:
+            if kind is not nn.Linear and kind not in others:
                 raise ValueError(f"{who}: {name} is a {kind.__name__}, not a dense layer (torch.nn.Linear)")
     return found
 

@@ -115,6 +115,11 @@ class SparseLinear(nn.Module):
             certified = self.meter.constant is not None
             self.meter.add(selected, product(selected, self.weight.T, self.offset, None) if certified else None)
 
+    @property
+    def channel_bytes(self) -> float:
+        """Of the weights of an input channel."""
+        return self.out_features * self.weight.element_size()
+
     def certificate(self) -> float:
         """What bounds this layer's error by the dropped energy of its input (`certificate.certificate`)."""
         return certificate(self.weight, self.selection.scale)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..int4.blocks import replace_module
+from ..int4.linear import Int4Linear
 from .allocation import ALLOCATIONS as CHOICES
 from .allocation import allocate, weights
 from .calibration import METHODS, SPARSITIES, Calibration, Group
 from .cats import CatsGate, activation
 from .groups import groups_of, reads_residual
+from .int4_linear import is_int4, swap_int4
 from .linear import Selection, SparseLinear
 from .rotation import axes
 
@@ -71,7 +73,7 @@ def sparsify(
     allocation: str = "knapsack",
     max_error: float | None = None,
 ) -> Report:
-    """Replaces a model's linear layers by `SparseLinear`, in place; the head stays dense.
+    """Replaces a model's linear layers by `SparseLinear`, 4-bit ones by `Int4SparseLinear`, in place; the head stays.
 
     Each token that is decoded skips the weights of the input channels with the lowest scores; prompts are read
     densely. It works in Hugging Face's generate and in `scrimp.generate`. The weights are turned so that a channel's
@@ -82,7 +84,7 @@ def sparsify(
         model: a Hugging Face Llama, Mistral, Qwen2, Qwen3, Gemma or Phi, the one that was calibrated
             (`scrimp.generate` runs the first four; the others have transformers' own generate).
         calibration: of `scrimp.calibrate` or `Calibration.load`.
-        sparsity: share of the channels that are skipped, from 0 to 0.99.
+        sparsity: share of the weights of the decoder layers that are skipped, from 0 to 0.99.
         method: what a channel's score is: "teal" |x|; "wina" |x| times the norm of the weight's column;
             "wina-centred" the same of x less its median over the calibration text, whose product is a bias;
             "teal-rotated", "wina-rotated" what reads the residual stream chooses among orthogonal columns, for which
@@ -110,7 +112,7 @@ def sparsify(
         raise ValueError(f"sparsify: max_error={max_error} must be above 0")
     if method == "cats" and max_error is not None:
         raise ValueError("sparsify: method='cats' estimates no errors; leave max_error out")
-    names = groups_of(model, "sparsify")
+    names = groups_of(model, "sparsify", Int4Linear)
     calibration.check(model)
     if (known := [[group.names for group in layer] for layer in calibration.layers]) != names:
         raise ValueError(
@@ -121,7 +123,9 @@ def sparsify(
     for layer, wanted in zip(calibration.layers, shares, strict=True):
         for group, share in zip(layer, wanted, strict=True):
             rotation = 0
-            if method == "cats":
+            if is_int4(model, group.names, method):
+                swap_int4(model, group, method, share, max_error)
+            elif method == "cats":
                 _swap_gated(model, group, share)
             else:
                 selection = _swap(model, group, method, share, max_error)

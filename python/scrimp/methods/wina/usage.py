@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -74,6 +75,11 @@ class LayerUsage:
     worst: float = math.nan
 
 
+def _sizes(layer: Any) -> tuple[int, int, float]:
+    """Outputs, channels, and bytes of a channel."""
+    return layer.out_features, layer.in_features, layer.channel_bytes
+
+
 @dataclass(frozen=True)
 class Usage:
     """The layers of a model with their meters."""
@@ -84,15 +90,14 @@ class Usage:
         """What has been counted up to now."""
         found = []
         for name, (layer, meter) in self.meters.items():
-            weight = layer.get_parameter("weight")
-            N, K = weight.shape
+            _, K, channel_bytes = _sizes(layer)
             skipped, known = meter.passes * K - meter.listed, meter.constant is not None
             found.append(
                 LayerUsage(
                     name,
                     sparsity=1 - meter.kept / (meter.rows * K) if meter.rows else math.nan,
                     read=meter.listed / (meter.passes * K) if meter.passes else math.nan,
-                    bytes_saved=skipped * N * weight.element_size(),
+                    bytes_saved=round(skipped * channel_bytes),
                     error=math.sqrt(meter.dropped / meter.energy) if meter.energy else math.nan,
                     whole=meter.whole / meter.rows if meter.rows else math.nan,
                     bound=meter.relative_bound() if known and meter.rows else math.nan,
@@ -104,7 +109,8 @@ class Usage:
     @property
     def dropped(self) -> float:
         """Share of the weights that tokens did not need, over all layers."""
-        sizes = {name: layer.get_parameter("weight").numel() for name, (layer, _) in self.meters.items()}
+        shapes = {name: _sizes(layer) for name, (layer, _) in self.meters.items()}
+        sizes = {name: N * K for name, (N, K, _) in shapes.items()}
         return sum(layer.sparsity * sizes[layer.name] for layer in self.layers()) / sum(sizes.values())
 
     def __str__(self) -> str:

@@ -1,0 +1,54 @@
+"""What vq_sample's kernels do: the scores of the codes, then the tokens are looked up in every pass over them."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from scrimp.kernels.vq_sample import SHIFTS, launches
+from torch import Tensor
+
+from . import linear_cost
+from .roofline import Count, CountedCase
+from .vq_logits import HEADS, ROWS, SHARE
+from .vq_sample import WAYS
+
+
+def count(h: Tensor, codebook: Tensor, codes: Tensor, bias: Tensor | None, *rest: Any) -> Count:
+    """Of one call; of the blocks that are drawn from, one for each row."""
+    products = linear_cost.count(h, [codebook], [], None)
+    M, K, V, size = rest[0].numel(), len(codebook), codes.shape[-1], h.element_size()
+    map_bytes = codes.numel() * 4 + (0 if bias is None else V * size)
+    passes = [one for one in launches(h, codebook, codes, bias, *rest)[1] if "scores" in one.args]
+    looked_up = M * (map_bytes + codes.numel() * size)
+    total = products
+    for one in passes:
+        blocks = one.args["blocks"]
+        if "token" in one.args:  # numbers of all blocks, tokens of one
+            total += Count(bytes=looked_up // blocks + M * (12 * blocks + 28), unique_bytes=8 * M)
+        elif "shift" in one.args:
+            weights = 128 * M * blocks
+            seen = looked_up if one.args["shift"] >= 0 else 0
+            read = weights * blocks if one.args["shift"] != SHIFTS[0] else 0
+            total += Count(bytes=seen + read + weights, unique_bytes=weights)
+        else:
+            total += Count(bytes=looked_up + M * blocks * 32, unique_bytes=M * blocks * 12)
+    return total + Count(0, map_bytes + M * K * size, resident_bytes=map_bytes + M * K * size)
+
+
+def cases() -> list[CountedCase]:
+    """The heads of the benchmark, drawn from without and with a filter, with one row and a few."""
+    return list(_cases())
+
+
+def _cases() -> Iterator[CountedCase]:
+    for name, (V, d) in HEADS.items():
+        for rows in ROWS:
+            h, codebook = (torch.empty(n, d, dtype=torch.bfloat16, device="meta") for n in (rows, V // SHARE))
+            codes = torch.empty(V, dtype=torch.int32, device="meta")
+            heat = torch.empty(rows, device="meta")
+            number = torch.empty(rows, dtype=torch.int64, device="meta")
+            fields = {"m": rows, "vocab": V, "d": d, "codes": V // SHARE}
+            for way in ("drawn", "top-p"):
+                flat = (h, codebook, codes, None, heat, number, number, 0, WAYS[way][1], 0.0)
+                yield CountedCase(f"{name}-{rows}-{way}", "bf16", partial(count, *flat), fields)
