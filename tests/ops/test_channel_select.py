@@ -114,7 +114,7 @@ def test_nan_counts_among_the_best_k(run: Any) -> None:
     """As many as are asked for: nothing else is kept; an infinite score goes like any other."""
     x = torch.tensor([[1.0, torch.nan, torch.inf, 3.0]])
     for k, expected in ((1.0, [1]), (2.0, [1, 2]), (3.0, [1, 2, 3])):
-        kept, index, count, energy = run(x, torch.tensor([k]), None, None, None, RULES.index("top_k"), False)
+        _, index, count, energy = run(x, torch.tensor([k]), None, None, None, RULES.index("top_k"), False)
         assert index[: int(count)].tolist() == expected
         assert energy[0, 0] == (torch.inf if k == 1 else 10 if k == 2 else 1)
 
