@@ -44,7 +44,7 @@ def strided(dtype: torch.dtype) -> Flat:
 
 
 def check(results: Any, args: Flat) -> None:
-    """Of integers the reference's results; else the oracle's scores, each that of its code, and the mean of the codes."""
+    """Of integers the reference's results; else the oracle's scores, each that of its code, and their mean."""
     results = [result.cpu() for result in results]
     x, codebook, *_ = args = [value.cpu() if isinstance(value, Tensor) else value for value in args]
     if bool((codebook.nan_to_num(0, 0, 0) % 1 == 0).all()):
