@@ -37,8 +37,9 @@ QUESTIONS = (
     "Give me three tips for saving money.; How do I make a simple soup?; What did the Romans build?; Why do we dream?"
 )
 TOPICS = (
-    "gravity, the French Revolution, a black hole, democracy, the heart, an earthquake, electricity, a volcano, evolution, "
-    "the Silk Road, an atom, a computer program, money, the moon, a rainforest, the internet, a whale, chess, jazz, glass"
+    "gravity, the French Revolution, a black hole, democracy, the heart, an earthquake, electricity, a volcano, "
+    "evolution, the Silk Road, an atom, a computer program, money, the moon, a rainforest, the internet, a whale, "
+    "chess, jazz, glass"
 )
 TASKS = (
     "function that reverses a string; function that counts the words of a text; class for a bank account; "
