@@ -13,6 +13,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -208,7 +209,7 @@ static Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& 
   SCRIMP_CHECK(x.dim() >= 1, "int4_linear: x must be [..., inputs], got a scalar");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = qweight.size(0);
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = cpu_empty(x, shape);
   int4_linear_to(out, x, qweight, scales, zeros, codebook, permutation, bias, group_size, zero_kind, mode);
   return out;
 }

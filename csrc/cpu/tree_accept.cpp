@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/gumbel.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 #include "common/tree_accept.h"
 
 namespace scrimp {
@@ -46,7 +47,7 @@ static std::tuple<Tensor, Tensor> tree_accept(const Tensor& logits_any, const Te
   const auto* position = static_cast<const int64_t*>(positions.data_ptr());
   check_values(parent, temperature, B, T);
 
-  const Tensor paths = torch::stable::new_empty(parents, {B, T}), choices = torch::stable::new_empty(tokens, {B, T});
+  const Tensor paths = cpu_empty(parents, {B, T}), choices = cpu_empty(tokens, {B, T});
   auto* path = static_cast<int32_t*>(paths.data_ptr());
   auto* chosen = static_cast<int64_t*>(choices.data_ptr());
   const int64_t size = dtype == ScalarType::BFloat16 ? 2 : 4;
