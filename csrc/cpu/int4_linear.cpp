@@ -12,6 +12,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -143,7 +144,7 @@ static Tensor int4_linear(const Tensor& x, const Tensor& qweight, const Tensor& 
       int4_problem(x, qweight, scales, zeros, codebook, permutation, bias, group_size, zero_kind, mode);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.N;
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = cpu_empty(x, shape);
   multiply_all(p, out);
   return out;
 }

@@ -7,6 +7,7 @@
 
 #include "common/gumbel.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 #include "common/vq_head.h"
 
 namespace scrimp {
@@ -39,7 +40,7 @@ static Tensor vq_sample(const Tensor& h, const Tensor& codebook, const Tensor& c
   for (int64_t i = 0; i < rows; ++i)
     SCRIMP_CHECK(temperature[i] >= 0 && std::isfinite(temperature[i]), "vq_sample: temperature of row ", i, " is ",
                  temperature[i], "; it must be finite and not negative");
-  const Tensor chosen = torch::stable::new_empty(seeds, seeds.sizes());
+  const Tensor chosen = cpu_empty(seeds, seeds.sizes());
   if (rows == 0) return chosen;
   SCRIMP_CHECK(tokens.V > 0, "vq_sample: codes of shape ", shape_text(codes), " offer no token");
 

@@ -102,12 +102,14 @@ def call(
     change: Mapping[str, Callable[[str], str]] | None = None,
     short: Mapping[str, int] | None = None,
     failure: str = "",
+    max_instructions: int = 1 << 40,
 ) -> tuple[Any, list[Run]]:
     """The results of an op's CUDA implementation on CPU tensors, and what it launched.
 
     `change` maps the beginning of a kernel's name to a change of its own PTX, `short` an argument of the op to the
-    bytes that its end lacks in the kernels; with `failure` the launch reports an error of that text. Raises what the
-    launcher raises, or `ptx.EmulatorError` at the first fault of a kernel.
+    bytes that its end lacks in the kernels; with `failure` the launch reports an error of that text. The warps of a
+    launch have at most `max_instructions`. Raises what the launcher raises, or `ptx.EmulatorError` at the first fault
+    of a kernel.
     """
     handle = getattr(torch.ops.scrimp, op).default
     names = {arg.data_ptr(): s.name for arg, s in zip(args, handle._schema.arguments, strict=False)
@@ -127,7 +129,9 @@ def call(
                 _argument(ctypes.string_at(values[i], parameter.size), known, names, short or {})
                 for i, parameter in enumerate(module.parsed.entries[name].parameters)
             ]
-            counters = module.launch(name, tuple(grid[0]), tuple(block[0]), arguments, shared, order)
+            counters = module.launch(
+                name, tuple(grid[0]), tuple(block[0]), arguments, shared, order, max_instructions=max_instructions
+            )
             runs.append(Run(plain, tuple(grid[0]), tuple(block[0]), shared, counters))
         except BaseException as fault:
             faults.append(fault)

@@ -16,6 +16,7 @@ from ptx.errors import KINDS
 from subjects.subject import Mutant
 from test_mutants import Run, bits
 
+ENOUGH = 1 << 22  # a fault must not make an endless loop
 ORDERS = ["lockstep", "warp"]
 MUTANTS = [(op, name) for op, subject in SUBJECTS.items() for name in subject.mutants]
 PLANTED = [(op, name) for op, name in MUTANTS if SUBJECTS[op].mutants[name].caught_by]
@@ -28,7 +29,8 @@ def run(op: str, order: str, mutant: Mutant | None = None, case: str = "") -> Ru
     args = subject.cases[case or (mutant.case if mutant else "") or subject.mutant_case]()
     change = {} if mutant is None or mutant.change is str else {mutant.kernel: mutant.change}
     try:
-        results, runs = call(op, *args, order=order, change=change, short=mutant.short if mutant else {})
+        short = mutant.short if mutant else {}
+        results, runs = call(op, *args, order=order, change=change, short=short, max_instructions=ENOUGH)
     except ptx.EmulatorError as error:
         return Run(error.kind, (), ())
     written = results if isinstance(results, tuple) else (results,)

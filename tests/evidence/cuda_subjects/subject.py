@@ -1,9 +1,12 @@
 """What the evidence suite must know of an op's kernels in CUDA C++: cases to execute, bytes, faults to plant."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cuda_device import ROOT
+from mutations import Change, at_line
 from subjects.subject import Case, Flat, Mutant
 
 
@@ -48,3 +51,8 @@ class CudaSubject:
     def index_loops(self, kernel: str) -> int | None:
         """The entry of `tensor_kernels`; None where there is nothing to demand."""
         return next((loops for name, loops in self.tensor_kernels.items() if kernel.startswith(name)), None)
+
+
+def source(op: str) -> Callable[..., Change]:
+    """`mutations.at_line` of the op's kernels: source("kv_compact")("if (item >=", pattern, index, replacement)."""
+    return functools.partial(at_line, ROOT / "csrc" / "cuda" / f"{op}.cuh")
