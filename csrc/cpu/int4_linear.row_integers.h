@@ -78,14 +78,15 @@ struct IntegersRowPanel {
   const Int4Rows& x = *p.x;
   const int64_t blocks = (x.columns + x.block - 1) / x.block;
   const int64_t groups = (x.columns + p.group - 1) / p.group;
+  const int doublings = x.block < p.group ? (2 * x.block < p.group ? 2 : 1) : 0;  // from a block to a group
 
   // Scales or zeros of the blocks from `block` on; what lies behind the last one is not used.
   template <class T>
   SCRIMP_INLINE Vec of_blocks(const T* from, const void* end, int64_t output, int64_t block) const {
     if (groups == 1) return broadcast(load_first(from + output, 1)[0]);
-    const T* at = from + output * groups + block * x.block / p.group;
+    const T* at = from + output * groups + (block >> doublings);
     Vec values = load_first(at, static_cast<const T*>(end) - at);
-    for (int64_t size = x.block; size < p.group; size *= 2) values = twice(values);
+    for (int i = 0; i < doublings; ++i) values = twice(values);
     return values;
   }
 
