@@ -1,4 +1,4 @@
-// int4_linear, one row of x in int8 mode: the weight is read once, in the order of its addresses.
+// int4_linear, one row of x as integers: the weight is read once, in the order of its addresses.
 //
 // A vector of codes is split into its even and its odd columns, and x lies in that order. Neighbouring lanes are added
 // until each lane holds the product of one block, with kLanes blocks of an output in a vector: their scales lie so in
@@ -10,11 +10,7 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr int kVectorColumns = 8 * kLanes;  // columns of a vector of codes
-constexpr int64_t kAhead = 4096;            // bytes from a code that is read to the one that is fetched
-
-// Whether x is packed for, and multiplied by, what follows.
-SCRIMP_INLINE bool by_rows(const Int4Rows& x) { return x.int8 && x.rows == 1; }
+constexpr int64_t kAhead = 4096;  // bytes from a code that is read to the one that is fetched
 
 // Lane i: the sum of the lanes [Count i, Count (i + 1)) of all vectors laid side by side.
 template <int Count>
@@ -38,22 +34,38 @@ SCRIMP_INLINE IntVec add_neighbours(IntVec (&x)[Count]) {
   return x[0];
 }
 
+// The first half of the elements, each twice.
+SCRIMP_INLINE Vec twice(Vec x) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3);
+#else
+  return __builtin_shufflevector(x, x, 0, 0, 1, 1);
+#endif
+}
+
 // Products of the kLanes blocks whose codes begin at `codes`, of which the output has `bytes`; a block is 8 Vectors
 // columns.
-template <bool Book, class Sums, int Vectors>
+template <bool Book, class Sums, int Vectors, int Limbs>
 SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* codes, int64_t bytes, const int8_t* x,
-                                     const uint8_t* ahead) {
+                                     int64_t plane, const uint8_t* ahead) {
   IntVec sums[Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Vectors; ++i) {
     sums[i] = IntVec{};
     const int at = i * kPieceBytes;
     if (at < bytes) {
-      const BitsVec q = load_bits(codes + at);
-      IntVec part = Sums::start(IntVec{});
-      part = Sums::add(part, of.values(q), (IntVec)load_bits(x + 2 * at));
-      part = Sums::add(part, of.values(q >> 4), (IntVec)load_bits(x + 2 * at + kPieceBytes));
-      sums[i] = Sums::finish(IntVec{}, part);
+      const BitsVec q = load_bits(codes + at), even = of.values(q), odd = of.values(q >> 4);
+#pragma GCC unroll 3
+      for (int limb = 0; limb < Limbs; ++limb) {
+        const int8_t* from = x + limb * plane + 2 * at;
+        if (limb > 0) sums[i] = next_limb(sums[i]);
+        IntVec part = Sums::start(sums[i]);
+        part = Sums::add(part, even, (IntVec)load_bits(from));
+        part = Sums::add(part, odd, (IntVec)load_bits(from + kPieceBytes));
+        sums[i] = Sums::finish(sums[i], part);
+      }
       if (at % 64 == 0) __builtin_prefetch(ahead + at, 0, 2);
     }
   }
@@ -61,18 +73,21 @@ SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* c
 }
 
 // The panel's outputs for one row.
-struct Int8RowPanel {
+struct IntegersRowPanel {
   const Int4Panel& p;
   const Int4Rows& x = *p.x;
   const int64_t blocks = (x.columns + x.block - 1) / x.block;
   const int64_t groups = (x.columns + p.group - 1) / p.group;
+  const int doublings = x.block < p.group ? (2 * x.block < p.group ? 2 : 1) : 0;  // from a block to a group
 
   // Scales or zeros of the blocks from `block` on; what lies behind the last one is not used.
   template <class T>
   SCRIMP_INLINE Vec of_blocks(const T* from, const void* end, int64_t output, int64_t block) const {
     if (groups == 1) return broadcast(load_first(from + output, 1)[0]);
-    const T* at = from + output * groups + block;
-    return load_first(at, static_cast<const T*>(end) - at);
+    const T* at = from + output * groups + (block >> doublings);
+    Vec values = load_first(at, static_cast<const T*>(end) - at);
+    for (int i = 0; i < doublings; ++i) values = twice(values);
+    return values;
   }
 
   SCRIMP_INLINE Vec zeros(int64_t output, int64_t block) const {
@@ -81,7 +96,7 @@ struct Int8RowPanel {
   }
 
   // What kLanes blocks add to an output.
-  template <bool Book, class Sums, int Vectors>
+  template <bool Book, class Sums, int Vectors, int Limbs>
   SCRIMP_INLINE Vec terms(const ByteCodes<Book>& of, int64_t output, int64_t block) const {
     constexpr int kStepBytes = Vectors * kPieceBytes;
     const int64_t at = block * x.block / 2, bytes = x.columns / 2 - at, place = output * p.codes_stride + at;
@@ -94,24 +109,27 @@ struct Int8RowPanel {
     }
     const int64_t beyond = place + kAhead - p.outputs * p.codes_stride;
     const uint8_t* ahead = beyond < 0 ? p.codes + place + kAhead : p.next + beyond;
-    const IntVec sums = multiply_blocks<Book, Sums, Vectors>(of, codes, bytes, x.integers + 2 * at, ahead);
-    const Vec dot = __builtin_convertvector(sums + (IntVec)load_bits(x.starts + block), Vec);
+    const IntVec sums =
+        multiply_blocks<Book, Sums, Vectors, Limbs>(of, codes, bytes, x.integers + 2 * at, x.plane, ahead);
+    const Vec dot = __builtin_convertvector(add(sums, (IntVec)load_bits(x.starts + block)), Vec);
     const Vec scale =
         with_type(p.scale_type, p.scales, [&](auto* from) { return of_blocks(from, p.scales_end, output, block); });
     const Vec sum = load(x.sums + block), factor = load(x.scales + block);
-    if (p.kind == Int4Zeros::shift) return term<Int4Zeros::shift>(dot, scale, zeros(output, block), sum) * factor;
-    if (p.kind == Int4Zeros::offset) return term<Int4Zeros::offset>(dot, scale, zeros(output, block), sum) * factor;
-    return term<Int4Zeros::none>(dot, scale, Vec{}, sum) * factor;
+    if (p.kind == Int4Zeros::none) return term<Int4Zeros::none>(dot, scale, Vec{}, sum) * factor;
+    const Vec zero = zeros(output, block);
+    if (Limbs > 1) return term<Int4Zeros::offset>(dot, scale, centered(p.kind, scale, zero), sum) * factor;
+    if (p.kind == Int4Zeros::shift) return term<Int4Zeros::shift>(dot, scale, zero, sum) * factor;
+    return term<Int4Zeros::offset>(dot, scale, zero, sum) * factor;
   }
 
-  template <bool Book, class Sums, int Vectors>
+  template <bool Book, class Sums, int Vectors, int Limbs>
   void run() const {
     const ByteCodes<Book> of{static_cast<const int8_t*>(p.codebook)};
     float* const at = p.scratch;  // [kLanes blocks][output][block]
     for (int64_t n = 0; n < p.outputs; n += kLanes) {
       for (int64_t i = 0; i < kLanes && n + i < p.outputs; ++i) {
         for (int64_t block = 0; block < blocks; block += kLanes) {
-          store(at + (block + i) * kLanes, terms<Book, Sums, Vectors>(of, n + i, block));
+          store(at + (block + i) * kLanes, terms<Book, Sums, Vectors, Limbs>(of, n + i, block));
         }
       }
       Vec total{};
@@ -131,13 +149,16 @@ struct Int8RowPanel {
 
   template <bool Book, class Sums>
   void run() const {
-    if (x.block == 128) return run<Book, Sums, 16>();
-    if (x.block == 64) return run<Book, Sums, 8>();
-    if (x.block == 32) return run<Book, Sums, 4>();
-    run<Book, Sums, 2>();
+    if (x.block == 128) return run<Book, Sums, 16, 1>();
+    if (x.block == 64) return run<Book, Sums, 8, 1>();
+    if (x.block == 32) return run<Book, Sums, 4, 1>();
+    run<Book, Sums, 2, 1>();
   }
 
-  void run() const { p.codebook ? run<true, WideSums>() : run<false, NibbleSums>(); }
+  void run() const {
+    if (x.limbs == 3) return x.block == 32 ? run<false, NibbleSums, 4, 3>() : run<false, NibbleSums, 2, 3>();
+    p.codebook ? run<true, WideSums>() : run<false, NibbleSums>();
+  }
 };
 
 }  // namespace
