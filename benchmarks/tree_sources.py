@@ -3,7 +3,8 @@
     python -m scrimp.benchmarks.tree_sources --csv device
 
 The demo model continues prompts greedily, each with fresh sources that are always used (`scrimp.tree_decoding` itself
-leaves those alone that do not pay), in turns with plain decoding. First comes the cost curve: what a step of so many
+leaves those alone that do not pay), in turns with plain decoding, by the clock and by processor time, which other
+programs disturb less. First comes the cost curve: what a step of so many
 rows costs. Maps are trained at the first use (`draft_maps.py`).
 """
 
@@ -93,6 +94,7 @@ class Tally:
 
     ours: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
+    work: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     steps: int = 0
     tokens: int = 0
     judged: dict[str, list[float]] = field(default_factory=dict)
@@ -106,9 +108,10 @@ class Tally:
         draft = scrimp.tree_decoding(*always(sources), cost=CostCurve(curve.points))
         found = []
         for times, how in ((self.ours, draft), (self.plain, None)):
-            start = time.perf_counter()
+            start, work = time.perf_counter(), time.process_time()
             found.append(scrimp.generate(view, ids, max_new_tokens=new, ignore_eos=True, draft=how))
             times.append(time.perf_counter() - start)
+            self.work[how is draft] += time.process_time() - work
         if found[0] != found[1]:
             raise AssertionError("a text is not that of plain decoding")
         self.steps += draft.knowledge.steps
@@ -129,6 +132,7 @@ class Tally:
             "ratio_p20": shown(ratio.p20),
             "ratio_p80": shown(ratio.p80),
             "pairs": len(self.ours),
+            "work_ratio": shown(self.work[False] / self.work[True]),
             "tokens_per_step": shown(self.tokens / max(self.steps, 1)),
             "right": ", ".join(f"{name} {share}" for name, share in shares.items()),
         }
@@ -195,7 +199,10 @@ def measured(asked: argparse.Namespace) -> list[Row]:
     print(", ".join(f"{row['m']}: {row['ours_ms']:.1f} ({row['ratio']:.1f}x)" for row in rows))
     rows.append(compact := compact_row(view, curve(1)))
     print(f"kv_compact: {compact['ours_ms']:.3f} ms, {1 / compact['ratio']:.2%} of a step of one row")
-    print(f"{'text':<8} {'sources':<12} {'tokens a step':>13}  {'beside plain decoding':<24} guesses that were right")
+    print(
+        f"{'text':<8} {'sources':<12} {'tokens a step':>13}  {'beside plain decoding':<24} {'by work':>7}  "
+        "guesses that were right"
+    )
     for kind in asked.kinds:
         for name in asked.sources:
             tally = Tally()
@@ -203,7 +210,8 @@ def measured(asked: argparse.Namespace) -> list[Row]:
                 tally.add(view, ids, asked.tokens, SOURCES[name](), curve)
             rows.append(row := tally.row(f"{kind}-{name}", asked.tokens))
             spread = f"{row['ratio']:.2f}x ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
-            print(f"{kind:<8} {name:<12} {row['tokens_per_step']:>13.2f}  {spread:<24} {row['right']}", flush=True)
+            figures = f"{row['tokens_per_step']:>13.2f}  {spread:<24} {row['work_ratio']:>6.2f}x"
+            print(f"{kind:<8} {name:<12} {figures}  {row['right']}", flush=True)
     return rows
 
 

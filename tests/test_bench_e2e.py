@@ -95,7 +95,7 @@ def test_int4_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.Mo
     e2e.quantized.cache_clear()
 
 
-@pytest.mark.parametrize("mode", ["", "int8"])
+@pytest.mark.parametrize("mode", ["", "exact"])
 def test_sparse_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))

@@ -57,7 +57,8 @@ void keep(const SelectRow& row, const T* input, SelectCut cut) {
     const IntVec tied = (judged == level) & (channel <= cut.last);
     const IntVec chosen = ~(judged <= level) | tied;
     store_first(static_cast<T*>(row.kept) + i, chosen ? moved(row, input, i, n) : Vec{}, n);
-    dropped[chain] = fma(chosen ? Vec{} : score, score, dropped[chain]);
+    const Vec lost = chosen ? Vec{} : score;  // squared as it is: 0 times an infinite score would be NaN
+    dropped[chain] = fma(lost, lost, dropped[chain]);
     all[chain] = fma(score, score, all[chain]);
     const ByteVec bytes = __builtin_convertvector(chosen, ByteVec);
     memcpy(row.mask + i, &bytes, n < kLanes ? n : kLanes);
@@ -95,6 +96,7 @@ SelectCut reach(const float* score, int64_t channels, Sum target, Weight weight)
   }
   SelectCut cut{0.0f, -1};
   memcpy(&cut.score, &found, sizeof found);
+  if (cut.score != cut.score) return {__builtin_inff(), -1};  // those that are NaN, which are kept anyway, are enough
   for (int64_t i = 0; i < channels && above < target; ++i) {
     if (bits_of(score[i]) != found) continue;
     above += weight(score[i]);

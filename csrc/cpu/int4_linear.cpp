@@ -90,7 +90,7 @@ static void multiply(const Problem& p, const Rows& x_rows, int64_t first, int64_
   const int64_t chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk;
   const int64_t blocks = (p.K + block - 1) / block, outputs = rows == 1 && !p.int8 ? kInt4RowPanel : kInt4Panel;
   const int64_t panels = (p.N + outputs - 1) / outputs;
-  const int64_t workers = worker_count(std::max(panels, rows), rows * p.N * p.K / 8);
+  const int64_t workers = worker_count(std::max(panels, rows), 2 * rows * p.N * p.K);
 
   Memory memory;
   const int64_t values = memory.reserve<float>(p.int8 ? 0 : chunks * rows * kInt4Chunk);

@@ -122,6 +122,11 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"scrimp::{name}", key)
 
 
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether more than the plain-torch reference of an op runs on a device."""
+    return _has_kernel(name, device.type.upper())
+
+
 def which(name: str) -> dict[str, str]:
     """What runs for op `name` on each device, and why.
 

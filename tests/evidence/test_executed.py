@@ -64,7 +64,7 @@ def assert_counted(formula: Count, counters: Sequence[ptx.Counters], subject: Su
         if found := re.search(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", row.text):
             m, n, k = map(int, found.groups())
             products += 2 * m * n * k * row.values["warps"]
-    assert formula.flops_issued == products
+    assert formula.flops_issued == products if subject.exact_flops else formula.flops_issued <= products
     assert formula.flops_useful <= products
     if products:
         exps = sum(row.values["threads"] for row in rows if "ex2.approx" in row.text)

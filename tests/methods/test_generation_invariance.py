@@ -61,7 +61,6 @@ def one_by_one(cache: KVCache, b: int, tokens: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-@torch.inference_mode()
 def test_layers_in_one_call_have_the_bits_of_their_ops(tiny: Tiny, family: str) -> None:
     model = decoder_model(tiny(family))
     assert model.packed(range(len(model.layers))) is not None

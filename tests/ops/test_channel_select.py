@@ -110,6 +110,23 @@ def test_nan_is_kept_and_zeros_are_defined(run: Any, rule: str) -> None:
 
 
 @pytest.mark.parametrize("run", [OP.reference, *IMPLEMENTATIONS.values()], ids=["reference", *IMPLEMENTATIONS])
+def test_nan_counts_among_the_best_k(run: Any) -> None:
+    """As many as are asked for: nothing else is kept; an infinite score goes like any other."""
+    x = torch.tensor([[1.0, torch.nan, torch.inf, 3.0]])
+    for k, expected in ((1.0, [1]), (2.0, [1, 2]), (3.0, [1, 2, 3])):
+        _, index, count, energy = run(x, torch.tensor([k]), None, None, None, RULES.index("top_k"), False)
+        assert index[: int(count)].tolist() == expected
+        assert energy[0, 0] == (torch.inf if k == 1 else 10 if k == 2 else 1)
+
+
+@pytest.mark.parametrize("run", [OP.reference, *IMPLEMENTATIONS.values()], ids=["reference", *IMPLEMENTATIONS])
+def test_an_infinite_score_that_is_kept_is_not_dropped_energy(run: Any) -> None:
+    x = torch.tensor([[1.0, -torch.inf, 2.0]])
+    energy = run(x, torch.tensor([5.0]), None, None, None, RULES.index("threshold"), False)[3]
+    assert energy.tolist() == [[5.0, torch.inf]]
+
+
+@pytest.mark.parametrize("run", [OP.reference, *IMPLEMENTATIONS.values()], ids=["reference", *IMPLEMENTATIONS])
 def test_infinity_is_kept_beside_a_mean_that_it_makes_infinite(run: Any) -> None:
     x = torch.tensor([[1.0, -torch.inf, 2.0]])
     kept, index, count, _ = run(x, torch.tensor([0.5]), None, None, None, RULES.index("relative"), False)

@@ -249,7 +249,7 @@ BAD = {
     "dtype of bias": ((X, Q, S, None, None, None, BOOK[:3].half(), 32, 0, 0), "dtype of bias is torch.float16, but"),
     "bias": (
         (X, Q, S, None, None, None, BOOK, 32, 0, 0),
-        r"shape of rows_of_the_weight is \(3,\), but that of bias is",
+        r"shape of outputs_of_the_weight is \(3,\), but that of bias is",
     ),
     "device": ((X, Q, S.to("meta"), None, None, None, None, 32, 0, 0), "scales is on meta, but qweight on cpu"),
     "device of x": ((X.to("meta"), Q, S, None, None, None, None, 32, 0, 0), "device of qweight is cpu, but that of x"),

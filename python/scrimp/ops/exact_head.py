@@ -93,7 +93,7 @@ def exact_head(x: Tensor, weight: Tensor, screen: HeadScreen, k: int = 1) -> tup
     A first exact guess gives a threshold that k logits reach; rows whose interval ends below it cannot be among the
     largest, all others are computed as `scrimp.ops.linear` computes them. Where more than a quarter of the rows (and
     256) would remain, or a number is not finite, the hidden state is computed densely: never wrong, only slow, and
-    `scored` shows it.
+    `scored` shows it. A GPU computes just the rows that remain, however many: all, where a number is not finite.
 
     A hidden state's result does not depend on the others or on the number of threads. It has the bits of `linear`
     for up to 64 hidden states.

@@ -8,8 +8,8 @@ from torch import Tensor
 from .._registry import register
 from ..int4_weight import Int4Weight
 from ..int4_weight.check import ZERO_KINDS, check_layout
-from ._check import check_dtype, check_same
-from ._int4 import MODES
+from ._check import check_same
+from ._int4 import MODES, check_input, check_numbers
 
 SCHEMA = (
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? permutation, Tensor? bias, "
@@ -32,9 +32,7 @@ def _check(
     mode: int,
 ) -> None:
     op = "int4_linear"
-    for name, value, words in (("zero_kind", zero_kind, ZERO_KINDS), ("mode", mode, MODES)):
-        if not 0 <= value < len(words):
-            raise ValueError(f"{op}: {name}={value} must be an index of {words}")
+    check_numbers(op, zero_kind, mode)
     check_layout(
         op,
         qweight=qweight,
@@ -52,22 +50,8 @@ def _check_input(
     x: Tensor, qweight: Tensor, codebook: Tensor | None, permutation: Tensor | None, bias: Tensor | None, mode: int
 ) -> None:
     """What a weight that was checked when it was made does not know."""
-    op = "int4_linear"
-    if x.dim() < 1:
-        raise ValueError(f"{op}: x must be [..., inputs], got a scalar")
-    check_dtype(op, "x", x, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
-    check_same(op, "device", x=x.device, qweight=qweight.device)
-    N, K = qweight.shape[0], 2 * qweight.shape[1]
-    if permutation is None and x.shape[-1] != K:
-        raise ValueError(f"{op}: x has {x.shape[-1]} inputs, but the weight {K}")
-    if permutation is not None and not (K > 0) == (0 < x.shape[-1] <= K):
-        raise ValueError(f"{op}: x has {x.shape[-1]} inputs, but the weight permutes {K}")
-    if MODES[mode] == "int8" and codebook is not None and codebook.dtype != torch.int8:
-        raise ValueError(f"{op}: mode='int8' needs a codebook of int8, got {codebook.dtype}; use mode='exact'")
-    if bias is not None:
-        check_same(op, "device", x=x.device, bias=bias.device)
-        check_same(op, "dtype", x=x.dtype, bias=bias.dtype)
-        check_same(op, "shape", bias=tuple(bias.shape), rows_of_the_weight=(N,))
+    check_same("int4_linear", "device", x=x.device, qweight=qweight.device)
+    check_input("int4_linear", x, qweight.shape[0], 2 * qweight.shape[1], codebook, permutation, bias, mode)
 
 
 def _fake(x: Tensor, qweight: Tensor, *rest: object) -> Tensor:

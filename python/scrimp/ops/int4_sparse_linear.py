@@ -11,8 +11,8 @@ from .._registry import OPS, register
 from ..int4_weight.channels import Int4Channels, unpack_channels
 from ..int4_weight.check import ZERO_KINDS, check_channels
 from ..int4_weight.pack import pack_nibbles
-from ._check import FLOATS, check_dtype, check_same
-from ._int4 import MODES
+from ._check import check_dtype, check_same
+from ._int4 import MODES, check_input, check_numbers
 
 SCHEMA = (
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? permutation, Tensor index, "
@@ -35,9 +35,7 @@ def _check(
     mode: int,
 ) -> None:
     op = "int4_sparse_linear"
-    for name, value, words in (("zero_kind", zero_kind, ZERO_KINDS), ("mode", mode, MODES)):
-        if not 0 <= value < len(words):
-            raise ValueError(f"{op}: {name}={value} must be an index of {words}")
+    check_numbers(op, zero_kind, mode)
     check_channels(
         op,
         codes=codes,
@@ -48,16 +46,8 @@ def _check(
         group_size=group_size,
         zero_kind=ZERO_KINDS[zero_kind],
     )
-    if x.dim() < 1:
-        raise ValueError(f"{op}: x must be [.., inputs], got a scalar")
-    check_dtype(op, "x", x, FLOATS)
-    N, K, inputs = scales.shape[1], codes.shape[0], x.shape[-1]
-    if permutation is None and inputs != K:
-        raise ValueError(f"{op}: x has {inputs} inputs, but the weight {K}")
-    if permutation is not None and not (K > 0) == (0 < inputs <= K):
-        raise ValueError(f"{op}: x has {inputs} inputs, but the weight permutes {K}")
-    if MODES[mode] == "int8" and codebook is not None and codebook.dtype != torch.int8:
-        raise ValueError(f"{op}: mode='int8' needs a codebook of int8, got {codebook.dtype}; use mode='exact'")
+    check_input(op, x, scales.shape[1], codes.shape[0], codebook, permutation, bias, mode)
+    inputs = x.shape[-1]
     if index.dim() != 1 or index.shape[0] > inputs:
         raise ValueError(f"{op}: index has shape {list(index.shape)}, expected [at most {inputs}]")
     if tuple(count.shape) != (1,):
@@ -65,10 +55,6 @@ def _check(
     for name, tensor in (("index", index), ("count", count)):
         check_dtype(op, name, tensor, (torch.int32,))
     check_same(op, "device", x=x.device, codes=codes.device, index=index.device, count=count.device)
-    if bias is not None:
-        check_same(op, "device", x=x.device, bias=bias.device)
-        check_same(op, "dtype", x=x.dtype, bias=bias.dtype)
-        check_same(op, "shape", bias=tuple(bias.shape), outputs_of_the_weight=(N,))
 
 
 def _fake(x: Tensor, codes: Tensor, scales: Tensor, *rest: object) -> Tensor:

@@ -51,6 +51,7 @@ class Subject:
         tensor_kernels: kernels whose loops must hold tensor-core instructions, only 128-bit or asynchronous global
             loads, and at least two stages; with the number of their loops that may load indices otherwise.
         exact_bytes: whether the formula's bytes are exact; False where passes over memory depend on values.
+        exact_flops: the same of its FLOPs; False where they are the least.
         repeated_exps: how often the formula's exponentials may be computed: several threads hold a row's factors.
         without_tensors: names of those of `shipped` whose products run on no tensor core (fp32 with fp32 precision).
         mutant_case: name of the case the mutants run on, unless they name another.
@@ -70,6 +71,7 @@ class Subject:
     tensor_kernels: Mapping[str, int] = field(default_factory=dict)
     without_tensors: Sequence[str] = ()
     exact_bytes: bool = True
+    exact_flops: bool = True
     repeated_exps: float = 1.25
 
     def index_loops(self, config: str, kernel: str) -> int | None:

@@ -23,7 +23,7 @@ _rms_norm = OPS["rms_norm"].call
 _rotary_append = OPS["rotary_append"].call
 _tree_attention = OPS["tree_attention"].call
 
-ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": OPS["silu_mul"].call,
     "gelu": partial(OPS["gelu_mul"].call, tanh=False),
     "gelu_tanh": partial(OPS["gelu_mul"].call, tanh=True),
@@ -46,7 +46,7 @@ def _layers(
     """Some layers on x `[B, T, d]`; `attend` gives `[B, H, T, D]` in the memory order B, T, H, D."""
     B, T, _ = x.shape
     cos, sin = model.positions.tables(keys[0].shape[2])
-    D, activation = model.head_dim, ACTIVATIONS[model.activation]
+    D, activation = model.head_dim, GATES[model.activation]
     parts = [model.heads, model.kv_heads, model.kv_heads]
     split = (B, T, sum(parts), D)
     for i in layers:

@@ -22,7 +22,7 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-ACTIVATIONS = {
+ACTIVATION_NAMES = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
     "GELUActivation": "gelu",
@@ -152,7 +152,7 @@ def _layer_faults(layers: Any) -> Iterator[str]:
 
 def activation_of(module: nn.Module) -> str | None:
     """As `scrimp.ops.decoder_layers` names it; None for one that is neither SiLU nor GELU."""
-    return ACTIVATIONS.get(type(module).__name__)
+    return ACTIVATION_NAMES.get(type(module).__name__)
 
 
 def _norm(module: Any) -> Norm:

@@ -35,7 +35,7 @@ class Linear(Protocol):
 
 
 # A linear layer as `scrimp.ops.decoder_layers` takes it: weight, bias, scales, zeros, codebook, permutation; format
-Part = tuple[tuple[Tensor | None, ...], tuple[int, int, int]]
+Part = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import Linear, for_prompts
-from .packed import PackedLayers, pack
+from .packed import PackedLayers, can_pack
 
 MAX_ROWS = 64  # rows in all for which every op is row-invariant
 POSITION_BLOCK = 1024
@@ -122,13 +122,12 @@ class DecoderModel:
         return {}
 
     def packed(self, layers: Sequence[int]) -> PackedLayers | None:
-        """Some layers for one call; None where that call does not compute them, or on a GPU, which has no kernel."""
+        """Some layers for one call; None where that call does not compute them."""
         which = tuple(layers)
         if which not in self._packed:
-            parts = [pack(self.layers[i]) for i in which]
-            known = [part for part in parts if part is not None]
-            whole = self.packing and self.device.type == "cpu" and len(known) == len(which)
-            self._packed[which] = PackedLayers(known, self.heads, self.activation, self.scale) if whole else None
+            some = [self.layers[i] for i in which]
+            wanted = self.packing and can_pack(some, self.device)
+            self._packed[which] = PackedLayers(some, self.heads, self.activation, self.scale) if wanted else None
         return self._packed[which]
 
     @property

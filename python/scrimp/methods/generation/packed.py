@@ -3,55 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..._registry import OPS
+from ..._registry import OPS, has_kernel
 from ...ops.decoder_layers import ACTIVATIONS
 from .linear import Packable
 
 _decoder_layers = OPS["decoder_layers"].call
 
 
-@dataclass(frozen=True)
-class PackedLayer:
-    """A layer's part of the arguments of `scrimp.ops.decoder_layers`."""
-
-    norms: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    linears: tuple[Tensor | None, ...]
-    formats: tuple[int, ...]
-    window: int
-
-
-def pack(layer: Any) -> PackedLayer | None:
-    """A DecoderLayer; None where a linear is of a kind that the op does not compute."""
-    linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
-    if not all(isinstance(linear, Packable) for linear in linears):
-        return None
-    parts = [part for linear in linears for part in linear.pack()]
-    norms = [layer.attention_norm, layer.q_norm, layer.k_norm, layer.mlp_norm]
-    return PackedLayer(
-        norms=tuple(norm and norm.weight for norm in norms),
-        eps=tuple(norm.eps if norm else 0.0 for norm in norms),
-        linears=tuple(tensor for tensors, _ in parts for tensor in tensors),
-        formats=tuple(number for _, format in parts for number in format),
-        window=layer.window,
-    )
-
-
 class PackedLayers:
-    """Some layers, joined to the lists that the op takes."""
+    """Layers whose linears are all `Packable`, as the lists that the op takes."""
 
-    def __init__(self, layers: Sequence[PackedLayer], heads: int, activation: str, scale: float) -> None:
-        def joined(name: str) -> list[Any]:
-            return [entry for layer in layers for entry in getattr(layer, name)]
-
-        self._model = [joined(name) for name in ("norms", "eps", "linears", "formats")]
+    def __init__(self, layers: Sequence[Any], heads: int, activation: str, scale: float) -> None:
+        norms = [norm for layer in layers for norm in _norms(layer)]
+        parts = [part for layer in layers for linear in _linears(layer) for part in linear.pack()]
+        self._model = (
+            [norm and norm.weight for norm in norms],
+            [norm.eps if norm else 0.0 for norm in norms],
+            [tensor for tensors, _ in parts for tensor in tensors],
+            [number for _, numbers in parts for number in numbers],
+        )
         self._last = ([layer.window for layer in layers], heads, ACTIVATIONS.index(activation), scale)
 
     def __call__(self, x: Tensor, *rows: Any) -> Tensor:
         """x `[B, T, d]` and the op's arguments from `cos` to `v_caches`."""
         return _decoder_layers(x, *self._model, *rows, *self._last)
+
+
+def can_pack(layers: Sequence[Any], device: torch.device) -> bool:
+    """Whether one call computes the DecoderLayers on a device, sooner than their ops one by one."""
+    linears = [linear for layer in layers for linear in _linears(layer)]
+    return has_kernel("decoder_layers", device) and all(isinstance(linear, Packable) for linear in linears)
+
+
+def _norms(layer: Any) -> list[Any]:
+    return [layer.attention_norm, layer.q_norm, layer.k_norm, layer.mlp_norm]
+
+
+def _linears(layer: Any) -> list[Any]:
+    return [layer.qkv, layer.o, layer.gate_up, layer.down]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from ...int4_weight.check import ZERO_KINDS
 from ...ops import int4_linear
 from ...ops.int4_linear import MODES
 
+if TYPE_CHECKING:
+    from ..generation.linear import Part
+
 _int4_linear = OPS["int4_linear"].call
-Part = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..._registry import OPS
-from ..generation.forward import ACTIVATIONS
+from ..generation.forward import GATES
 from ..generation.huggingface import activation_of
 from ..generation.linear import DenseLinear
 from .linear import RULE, is_prompt
@@ -30,7 +30,7 @@ def activation(mlp: nn.Module, who: str) -> Activation:
     name = activation_of(act)
     if name is None:
         raise ValueError(f"{who}: method='cats' knows the activations SiLU and GELU, not {type(act).__name__}")
-    gated = ACTIVATIONS[name]
+    gated = GATES[name]
     return lambda gate: gated(gate, torch.ones_like(gate))
 
 
