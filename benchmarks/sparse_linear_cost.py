@@ -1,4 +1,4 @@
-"""What sparse_linear's kernels do with few rows: listed weights are read once, the rows once for each block of outputs."""
+"""What sparse_linear's kernels do: listed weights are read once, the few rows once for each block of outputs."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,15 +23,19 @@ def count(
     listed = min(int(counted), len(index))
     done = products(made[1], listed)
     if made[0].grid[0]:
-        done += search(made[0], listed)
+        done += search(made[0], index[:listed])
     return done + sums(made[2]) if len(made) > 2 else done
 
 
-def search(launch: Launch, listed: int) -> Count:
-    """Of the kernel that looks every channel up; neighbours ask for the same numbers in most steps."""
-    M, pitch, size = launch.args["M"], launch.args["pitch"], size_of(launch, "x")
-    once = 4 * pitch + 4 * listed + 4 + M * (pitch + listed) * size
-    return Count(once, once)
+def search(launch: Launch, listed: Tensor) -> Count:
+    """Of the kernel that looks channels up; the few numbers that a block's search meets are left out."""
+    M, K, pitch, size, block = (
+        launch.args["M"], launch.args["K"], launch.args["pitch"], size_of(launch, "x"), launch.constants["BLOCK_K"],
+    )  # fmt: skip
+    begins = torch.searchsorted(listed.contiguous(), torch.arange(0, pitch, block))
+    asked = int((len(listed) - begins).clamp(max=block).sum())  # whose channels may lie in the next block
+    once = 4 * pitch + M * (pitch + K) * size
+    return Count(once + launch.grid[1] * 4 * asked, once + 4 * len(listed))
 
 
 def products(launch: Launch, listed: int) -> Count:

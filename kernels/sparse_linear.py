@@ -1,8 +1,9 @@
 """sparse_linear in Triton: one program multiplies a block of outputs of one chunk of channels with all rows.
 
 The list is made into one number a channel first, and the rows into such that are 0 elsewhere, so that a channel has its
-place in a tile whatever else is listed: unlisted ones are zeros there whose weights are not read. So the order of additions depends on the channels alone.
-Chunks have a fixed size; a second kernel adds their sums up in order. The grid depends on shapes, nothing on the list.
+place in a tile whatever else is listed: unlisted ones are zeros there whose weights are not read. So the order of
+additions depends on the channels alone. Chunks have a fixed size; another kernel adds their sums up in order. The grid
+depends on shapes, nothing on the list.
 """
 
 from __future__ import annotations
@@ -21,28 +22,43 @@ from .tuning import config
 MAX_ROWS = 64  # more go through torch's matrix product
 CHUNK = 512  # channels of a chunk
 PITCH = 64  # channels that a tile may have; rows are padded to a multiple of it
+LISTED = (64, 128)  # rows and channels of a program that looks channels up
 
 
-@triton.jit(do_not_specialize=["capacity", "M", "K", "pitch"])
-def sparse_linear_inputs_kernel(
-    x, index, count, rows, listed, x_m, x_k, index_j, capacity, M, K, pitch, BLOCK_K: tl.constexpr
-):
-    """listed [pitch], 1 for each channel of the list, else 0: a binary search for each; rows [M, pitch] of x, else 0."""
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    total = tl.minimum(tl.load(count), capacity)
-    place, size = tl.zeros((BLOCK_K,), tl.int32), total  # the last channel that is not above k lies in the `size` from here
-    while size > 1:
+@triton.jit
+def _below(index, index_j, total, k):
+    """How many of the list's first `total` channels are below k."""
+    place, size = 0, total
+    while size > 0:
         half = size // 2
-        place = tl.where(tl.load(index + (place + half) * index_j) <= k, place + half, place)
-        size -= half
-    found = tl.load(index + place * index_j, mask=k < tl.where(total > 0, K, 0), other=-1)
-    tl.store(listed + k, (found == k).to(tl.int32), mask=k < pitch)
-    x += k.to(tl.int64) * x_k
-    rows += k
-    for _ in range(M):
-        tl.store(rows, tl.load(x, mask=found == k, other=0.0), mask=k < pitch)
-        x += x_m
-        rows += pitch
+        under = tl.load(index + (place + half) * index_j) < k
+        place, size = tl.where(under, place + half + 1, place), tl.where(under, size - half - 1, half)
+    return place
+
+
+@triton.jit(do_not_specialize=["capacity", "M"])
+def sparse_linear_inputs_kernel(
+    x, index, count, rows, listed, x_m, x_k, index_j, capacity, M, K, pitch,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """listed [pitch], 1 for each channel of the list, else 0; rows [M, pitch] of x in these channels, else 0.
+
+    One search finds the first channel of the block; the others are its neighbours in the list.
+    """
+    i = tl.arange(0, BLOCK_K)
+    first = tl.program_id(0) * BLOCK_K
+    k, m = first + i, tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = tl.minimum(tl.load(count), capacity)
+    begin = _below(index, index_j, total, first)
+    channels = tl.load(index + (begin + i) * index_j, mask=i < total - begin, other=-1)
+    found = tl.max((channels[:, None] == k[None, :]).to(tl.int32), 0)
+    found = tl.where(k < K, found, 0)
+    tl.store(listed + k, found, mask=k < tl.where(tl.program_id(1) == 0, pitch, 0))
+    m = m[:, None]
+    at = m.to(tl.int64) * x_m + k.to(tl.int64)[None, :] * x_k
+    value = tl.load(x + at, mask=(m < M) & (k < K)[None, :], other=0.0)
+    value = tl.where((found > 0)[None, :], value, 0.0)
+    tl.store(rows + m.to(tl.int64) * pitch + k[None, :], value, mask=(m < M) & (k < pitch)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -111,6 +127,24 @@ def multiply(
             out += added
 
 
+def listed_inputs(x: Tensor, index: Tensor, count: Tensor) -> tuple[Launch, Tensor, Tensor]:
+    """What makes rows `[M, pitch]` of x, 0 in channels that are not listed, and `[pitch]` that says which are; both."""
+    M, K = x.shape
+    pitch, (block_m, block_k) = cdiv(K, PITCH) * PITCH, LISTED
+    listed, rows = index.new_empty(pitch), x.new_empty(M, pitch)
+    find = Launch(
+        sparse_linear_inputs_kernel,
+        grid=(cdiv(pitch, block_k), cdiv(M, block_m), 1),
+        args={
+            "x": x, "index": index, "count": count, "rows": rows, "listed": listed, "x_m": x.stride(0),
+            "x_k": x.stride(1), "index_j": index.stride(0), "capacity": len(index), "M": M, "K": K, "pitch": pitch,
+        },
+        constants={"BLOCK_M": block_m, "BLOCK_K": block_k},
+        num_warps=4,
+    )  # fmt: skip
+    return find, rows, listed
+
+
 def launches_of(
     x: Tensor, weight: Tensor, index: Tensor, count: Tensor, ends: dict[str, Tensor | None], out: Tensor
 ) -> list[Launch]:
@@ -118,27 +152,15 @@ def launches_of(
     (M, K), N = x.shape, weight.shape[1]
     chosen = config("sparse_linear", x.device, itemsize=x.element_size())
     chunks, residual = max(cdiv(K, CHUNK), 1), ends["residual"]
-    pitch = cdiv(K, PITCH) * PITCH
-    listed, rows = index.new_empty(pitch), x.new_empty(M, pitch)
+    find, rows, listed = listed_inputs(x, index, count)
     written = out if chunks == 1 else x.new_empty(chunks, M, N, dtype=torch.float32)
-    strides = {"residual_m": 0 if residual is None else residual.stride(0)}
-    find = Launch(
-        sparse_linear_inputs_kernel,
-        grid=(cdiv(pitch, 256), 1, 1),
-        args={
-            "x": x, "index": index, "count": count, "rows": rows, "listed": listed, "x_m": x.stride(0),
-            "x_k": x.stride(1), "index_j": index.stride(0), "capacity": len(index), "M": M, "K": K, "pitch": pitch,
-        },
-        constants={"BLOCK_K": 256},
-        num_warps=4,
-    )  # fmt: skip
     product = Launch(
         sparse_linear_kernel,
         grid=(cdiv(N, chosen["BLOCK_N"]), chunks, 1),
         args={
             "rows": rows, "weight": weight, "listed": listed, **(ends if chunks == 1 else dict.fromkeys(ends)),
-            "out": written, "pitch": pitch, "weight_k": weight.stride(0), **strides, "out_m": N,
-            "M": M, "N": N, "K": K,
+            "out": written, "pitch": rows.shape[1], "weight_k": weight.stride(0),
+            "residual_m": 0 if residual is None else residual.stride(0), "out_m": N, "M": M, "N": N, "K": K,
         },
         constants={
             "CHUNK": CHUNK, "BLOCK_M": power_of_two(M, 16), "BLOCK_N": chosen["BLOCK_N"], "BLOCK_K": chosen["BLOCK_K"],
@@ -146,16 +168,20 @@ def launches_of(
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
     )  # fmt: skip
-    if chunks == 1:
-        return [find, product]
-    add = Launch(
+    return [find, product] if chunks == 1 else [find, product, added_chunks(written, ends["bias"], residual, out)]
+
+
+def added_chunks(sums: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> Launch:
+    """What adds up sums `[chunks, M, N]` in the order of the chunks."""
+    chunks, M, N = sums.shape
+    return Launch(
         linear_chunks_kernel,
         grid=(cdiv(N, 128), M, 1),
         args={
-            "chunk": written, "bias0": ends["bias"], "bias1": None, "bias2": None, "residual": residual, "out": out,
-            "chunk_m": N, **strides, "out_m": N, "M": M, "N0": N, "N1": 0, "N2": 0, "chunks": chunks,
+            "chunk": sums, "bias0": bias, "bias1": None, "bias2": None, "residual": residual, "out": out,
+            "chunk_m": N, "residual_m": 0 if residual is None else residual.stride(0), "out_m": N,
+            "M": M, "N0": N, "N1": 0, "N2": 0, "chunks": chunks,
         },
         constants={"BLOCK_N": 128},
         num_warps=4,
     )  # fmt: skip
-    return [find, product, add]

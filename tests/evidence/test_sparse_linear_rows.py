@@ -1,9 +1,10 @@
-"""sparse_linear's compiled kernels: a row has the bits of its own list, among any rows, whatever else is listed."""
+"""sparse_linear's compiled kernels: a row has the bits of its own list, among any rows; whole sectors of weights."""
 
 import pytest
 import torch
 from emulate import compile_launches, execute
 from scrimp.kernels.sparse_linear import launches
+from subjects.sparse_linear import SUBJECT
 from torch import Tensor
 
 ROWS = (1, 5, 16, 17, 33, 64)  # on both sides of every change of tile
@@ -37,3 +38,11 @@ def test_a_row_has_the_bits_of_its_own_list(K: int) -> None:
     wild = x[:9].clone()
     wild[::2] = torch.nan
     assert torch.equal(run(wild, everything, residual[:9])[1::2], whole[1:9:2])
+
+
+def test_weights_are_read_by_whole_sectors() -> None:
+    """All global accesses of the product with half of the channels, the list included."""
+    _, made = launches(*SUBJECT.cases[SUBJECT.reference_launch]())
+    product = execute(made)[1]
+    assert made[1].kernel.__name__ == "sparse_linear_kernel"
+    assert product.sector_efficiency >= 0.95

@@ -23,7 +23,8 @@ SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
         channel_select, exact_head, gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm, rotary_append,
-        silu_mul, sparse_attention, sparse_linear, tree_accept, tree_attention, vertical_slash_index, vq_logits, vq_sample,
+        silu_mul, sparse_attention, sparse_linear, tree_accept, tree_attention,
+        vertical_slash_index, vq_logits, vq_sample,
     )
 }  # fmt: skip
 
