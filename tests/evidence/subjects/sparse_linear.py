@@ -115,7 +115,7 @@ def lookups(everything: str, ends: str) -> dict[str, Mutant]:
         "channels listed past the end": looked_up(
             looks("tl.store(listed + k", LESS, 0, LESS_EQUAL), "out_of_bounds", "race"
         ),
-        "x of rows past the end": looked_up(looks("value = tl.load(x", LESS, 0, LESS_EQUAL), "out_of_bounds"),
+        "x of rows past the end": looked_up(looks("value = tl.load(x", LESS, None, LESS_EQUAL), "out_of_bounds"),
         "x past the end": looked_up(looks("found = tl.where(k < K", LESS, 0, LESS_EQUAL), "out_of_bounds"),
         "unlisted x": looked_up(
             looks("value = tl.where((found", r"(setp\.gt\.s32\s+%p\d+, %r\d+), 0;", None, r"\1, -1;"), "value"
