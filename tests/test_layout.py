@@ -31,12 +31,17 @@ def test_every_op_has_its_files() -> None:
 def test_kernels_know_no_framework() -> None:
     for path in [
         *ROOT.glob("csrc/cpu/*.kernel.cpp"),
-        *ROOT.glob("csrc/cuda/*.cuh"),
+        *ROOT.glob("csrc/c*/*.cuh"),
         ROOT / "csrc/common/simd.h",
     ]:
         assert not re.search(
             r"#include <(torch/|ATen/|c10/|vector>|string>|algorithm>|functional>)", path.read_text()
         ), path
+
+
+def test_ptx_stands_in_one_header() -> None:
+    for path in ROOT.glob("csrc/**/*.cu*"):
+        assert path.name == "ptx.cuh" or not re.search(r"\basm\b", path.read_text()), path
 
 
 def test_host_objects_know_no_torch() -> None:

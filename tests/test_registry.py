@@ -35,7 +35,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """make(compiled=, triton=) registers an op with those kernels: the reference adds 1, C++ 10, Triton 100."""
     libraries = []
 
-    def register(compiled: bool, triton: bool) -> Any:
+    def register(compiled: bool, triton: bool, **options: Any) -> Any:
         name = f"throw_away_{next(numbers)}"
         if compiled:
             libraries.append(torch.library.Library("scrimp", "FRAGMENT"))
@@ -45,7 +45,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
             module.launches = lambda x: (x + 100, [])  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
-        _registry.register(name, "(Tensor x) -> Tensor", fake=adding(0), reference=adding(1))
+        _registry.register(name, "(Tensor x) -> Tensor", fake=adding(0), reference=adding(1), **options)
         return _registry.OPS[name]
 
     return register
@@ -83,6 +83,23 @@ def test_choice(make, monkeypatch, compiled, triton, wish, runs, result, order) 
     assert list(found) == order
     expected = {"cuda-c++": 10, "cuda-triton": 100}
     assert {name: run(torch.zeros(())).item() for name, run in found.items()} == {n: expected[n] for n in order}
+
+
+@pytest.mark.parametrize(("wish", "results"), [(None, [10, 99]), ("triton", [100, 99])])
+def test_triton_serves_what_compiled_kernels_do_not_take(make, monkeypatch, wish, results) -> None:
+    if wish:
+        monkeypatch.setenv("SCRIMP_CUDA_IMPL", wish)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op = make(compiled=True, triton=True, cuda_takes=lambda x: x.item() >= 0)
+    assert [op.call.redispatch(CUDA, torch.tensor(x)).item() for x in (0.0, -1.0)] == results
+    assert scrimp.which(op.name)["cuda"].startswith("Triton" if wish else "CUDA C++")
+    assert op.cuda["cuda-c++"](torch.tensor(-1.0)).item() == (9 if wish else 99)
+
+
+def test_compiled_kernels_alone_get_everything(make) -> None:
+    op = make(compiled=True, triton=False, cuda_takes=lambda x: False)
+    assert on_cuda(op) == 10
 
 
 def test_a_wish_that_does_not_exist(make, monkeypatch) -> None:

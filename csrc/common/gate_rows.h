@@ -3,6 +3,7 @@
 
 #include "common/gate.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -18,7 +19,7 @@ Tensor gate_rows(const char* op, const Tensor& gate, const Tensor& up, const Ker
   const auto shape = gate.sizes(), other = up.sizes();
   SCRIMP_CHECK(gate.dim() > 0 && std::equal(shape.begin(), shape.end(), other.begin(), other.end()), op, ": gate ",
                shape_text(gate), " and up ", shape_text(up), " must be [..., N] of one shape");
-  const Tensor out = torch::stable::new_empty(gate, shape);
+  const Tensor out = cpu_empty(gate, shape);
   if (out.numel() == 0) return out;
 
   const Rows gates(gate), ups(up), outs(out);

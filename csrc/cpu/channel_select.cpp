@@ -11,6 +11,7 @@
 
 #include "common/float_dtype.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -46,11 +47,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x
   check(x, level, scale_any, center_any, whole_any, rule);
   const int64_t K = x.size(x.dim() - 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Tensor kept = torch::stable::new_empty(x, shape);
+  const Tensor kept = cpu_empty(x, shape);
   shape.back() = 2;
-  const Tensor energy = torch::stable::new_empty(x, shape, ScalarType::Float);
-  const Tensor index = torch::stable::new_empty(x, {K}, ScalarType::Int);
-  const Tensor count = torch::stable::new_empty(x, {1}, ScalarType::Int);
+  const Tensor energy = cpu_empty(x, shape, ScalarType::Float);
+  const Tensor index = cpu_empty(x, {K}, ScalarType::Int);
+  const Tensor count = cpu_empty(x, {1}, ScalarType::Int);
   const int64_t M = energy.numel() / 2;
   const auto list_kernel = SCRIMP_KERNEL(channel_select_list);
   int32_t* list = static_cast<int32_t*>(index.data_ptr());

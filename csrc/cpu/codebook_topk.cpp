@@ -17,6 +17,7 @@
 
 #include "common/float_dtype.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -92,11 +93,11 @@ static std::tuple<Tensor, Tensor, Tensor> codebook_topk(const Tensor& x, const T
   const int64_t dims = codebook.dim(), G = dims == 3 ? codebook.size(0) : 1, C = codebook.size(dims - 2),
                 D = codebook.size(dims - 1), size = x.element_size();
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = cpu_empty(x, shape);
   shape.back() = k;
   if (dims == 3) shape.insert(shape.end() - 1, G);
-  const Tensor index = torch::stable::new_empty(x, shape, ScalarType::Int);
-  const Tensor scores = torch::stable::new_empty(x, shape, ScalarType::Float);
+  const Tensor index = cpu_empty(x, shape, ScalarType::Int);
+  const Tensor scores = cpu_empty(x, shape, ScalarType::Float);
   const int64_t T = scores.numel() / (G * k);
   if (T == 0) return {out, index, scores};
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/tensors.h"
 #include "cpu/linear.h"
 #include "cpu/ops.h"
 
@@ -48,6 +49,18 @@ static void add(const Tensor& y, const Tensor& residual) {
     .bf16 = y.scalar_type() == torch::headeronly::ScalarType::BFloat16});
 }
 
+// Numbers [first, first + count) of every row of a contiguous x [B, T, N].
+static Tensor slice(const Tensor& x, int64_t first, int64_t count) {
+  const int64_t T = x.size(1), N = x.size(2);
+  return as_strided(x, {x.size(0), T, count}, {T * N, N, 1}, first);
+}
+
+// The same as heads [B, T, count, D].
+static Tensor heads_of(const Tensor& x, int64_t first, int64_t count, int64_t D) {
+  const int64_t T = x.size(1), N = x.size(2);
+  return as_strided(x, {x.size(0), T, count, D}, {T * N, N, D, 1}, first * D);
+}
+
 // x [B, T, K] -> [B, T, sum of the parts' outputs]; all parts dense, or all 4-bit.
 static Tensor apply(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual) {
   if (parts.formats[0] == 0) {
@@ -61,13 +74,13 @@ static Tensor apply(const Parts& parts, const Tensor& x, const std::optional<Ten
   }
   int64_t N = 0;
   for (int64_t i = 0; i < parts.count; ++i) N += parts.tensors[i * kTensors]->size(0);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), N});
+  Tensor out = cpu_empty(x, {x.size(0), x.size(1), N});
   for (int64_t i = 0, first = 0; i < parts.count; ++i) {
     const auto* t = parts.tensors + i * kTensors;
     const auto* format = parts.formats + i * kFormat;
     const int64_t outputs = t[0]->size(0);
-    Tensor to = torch::stable::narrow(out, 2, first, outputs);
-    int4_linear_to(to, x, *t[0], *t[2], t[3], t[4], t[5], t[1], format[0], format[1], format[2]);
+    int4_linear_to(slice(out, first, outputs), x, *t[0], *t[2], t[3], t[4], t[5], t[1], format[0], format[1],
+                   format[2]);
     first += outputs;
   }
   if (residual) add(out, *residual);
@@ -120,7 +133,6 @@ static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::
                              const std::optional<Tensor>& ancestors, const std::vector<Tensor>& k_caches,
                              const std::vector<Tensor>& v_caches, const std::vector<int64_t>& windows, int64_t heads,
                              int64_t activation, double scale) {
-  using torch::stable::narrow, torch::stable::view;
   check(x, norms, eps, linears, formats, k_caches, v_caches, windows, heads, activation);
   if (k_caches.empty()) return torch::stable::clone(x);
   const int64_t B = x.size(0), T = x.size(1);
@@ -131,19 +143,19 @@ static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::
       return weight ? rms_norm(of, *weight, eps[i * kNorms + which]) : of;
     };
     const int64_t G = k_caches[i].size(1), D = k_caches[i].size(3);
-    Tensor qkv = apply(parts.from(0, 3), norm(x, 0), std::nullopt);
+    const Tensor qkv = apply(parts.from(0, 3), norm(x, 0), std::nullopt);
     SCRIMP_CHECK(qkv.size(2) == (heads + 2 * G) * D, "decoder_layers: layer ", i, " gives ", qkv.size(2),
                  " numbers for ", heads, " and ", G, " heads of ", D);
-    qkv = view(qkv, {B, T, heads + 2 * G, D});
-    const Tensor q = norm(narrow(qkv, 2, 0, heads), 1), k = norm(narrow(qkv, 2, heads, G), 2);
-    const Tensor v = narrow(qkv, 2, heads + G, G);
+    const Tensor q = norm(heads_of(qkv, 0, heads, D), 1), k = norm(heads_of(qkv, heads, G, D), 2);
+    const Tensor v = heads_of(qkv, heads + G, G, D);
     const Tensor turned = rotary_append(q, k, v, cos, sin, positions, start, k_caches[i], v_caches[i]);
     const Tensor seen =
         std::get<0>(tree_attention(turned, k_caches[i], v_caches[i], prefix, ancestors, windows[i], scale));
-    x = apply(parts.from(3, 1), view(torch::stable::transpose(seen, 1, 2), {B, T, heads * D}), x);
-    Tensor gate_up = apply(parts.from(4, 2), norm(x, 3), std::nullopt);
+    const Tensor joined = as_strided(seen, {B, T, heads * D}, {T * heads * D, heads * D, 1}, 0);
+    x = apply(parts.from(3, 1), joined, x);
+    const Tensor gate_up = apply(parts.from(4, 2), norm(x, 3), std::nullopt);
     const int64_t half = gate_up.size(2) / 2;
-    x = apply(parts.from(6, 1), activate(activation, narrow(gate_up, 2, 0, half), narrow(gate_up, 2, half, half)), x);
+    x = apply(parts.from(6, 1), activate(activation, slice(gate_up, 0, half), slice(gate_up, half, half)), x);
   }
   return x;
 }

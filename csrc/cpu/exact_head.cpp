@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 #include "cpu/exact_head.parts.h"
 
 namespace scrimp {
@@ -230,10 +231,10 @@ static std::tuple<Tensor, Tensor, Tensor> exact_head(const Tensor& x, const Tens
   check(x, head);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.pop_back();
-  const Tensor scored = torch::stable::new_empty(x, shape, ScalarType::Int);
+  const Tensor scored = cpu_empty(x, shape, ScalarType::Int);
   shape.push_back(k);
-  const Tensor values = torch::stable::new_empty(x, shape);
-  const Tensor ids = torch::stable::new_empty(x, shape, ScalarType::Long);
+  const Tensor values = cpu_empty(x, shape);
+  const Tensor ids = cpu_empty(x, shape, ScalarType::Long);
   if (M > 0)
     run(head, Rows(x), values.data_ptr(), static_cast<int64_t*>(ids.data_ptr()),
         static_cast<int32_t*>(scored.data_ptr()));

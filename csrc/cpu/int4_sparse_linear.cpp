@@ -13,6 +13,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -239,7 +240,7 @@ static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Ten
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.N;
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = cpu_empty(x, shape);
   if (out.numel() == 0) return out;
   const int64_t M = out.numel() / p.N;
   const Int4Listed channels(p, static_cast<const int32_t*>(index.data_ptr()), listed);

@@ -1,4 +1,6 @@
 // kv_compact on the CPU: checks, work split, registration. Moving rows needs no instruction set of its own.
+#include "common/kv_compact.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -23,17 +25,8 @@ static void kv_compact(const Tensor& cache, const Tensor& start_any, const Tenso
   const auto dtype = cache.scalar_type();
   SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                "kv_compact: cache must be float32, bfloat16 or float16 on the CPU");
-  SCRIMP_CHECK(start_any.scalar_type() == ScalarType::Int && path_any.scalar_type() == ScalarType::Int,
-               "kv_compact: start and path must be int32");
-  SCRIMP_CHECK(cache.dim() == 5, "kv_compact: cache must be [L, B, G, C, D], got ", shape_text(cache));
+  check_compaction(cache, start_any, path_any);
   const int64_t L = cache.size(0), B = cache.size(1), G = cache.size(2), C = cache.size(3), D = cache.size(4);
-  SCRIMP_CHECK(start_any.dim() == 1 && start_any.size(0) == B && path_any.dim() == 2 && path_any.size(0) == B,
-               "kv_compact: shapes start ", shape_text(start_any), " and path ", shape_text(path_any),
-               " do not fit the cache's batch of ", B);
-  for (int i = 0; i < 5; ++i)
-    SCRIMP_CHECK(cache.size(i) <= 1 || (i == 4 ? cache.stride(i) == 1 : cache.stride(i) > 0),
-                 "kv_compact: cache must have a contiguous last dimension and no expanded one, got stride ",
-                 cache.stride(i), " in dimension ", i);
   const int64_t T = path_any.size(1);
   const Tensor starts = as_contiguous(start_any), paths = as_contiguous(path_any);
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());

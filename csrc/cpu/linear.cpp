@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -179,7 +180,7 @@ Tensor linear(const Tensor& x, const Tensors& weights, const OptionalTensors& bi
   const Problem problem(x, weights, biases, residual);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = problem.N;
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = cpu_empty(x, shape);
   if (problem.M == 0 || problem.N == 0) return out;
   problem.M <= kLinearRows ? few_rows(problem, out) : many_rows(problem, out);
   return out;

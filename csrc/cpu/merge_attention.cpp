@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/merge_attention.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -25,8 +26,8 @@ static std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a_in, const 
     SCRIMP_CHECK(tensor->is_cpu(), "merge_attention: out_a, lse_a, out_b and lse_b must be on the CPU");
   const Tensor out_a = unit_last_stride(out_a_in), out_b = unit_last_stride(out_b_in);
   const int64_t B = out_a.size(0), H = out_a.size(1), N = out_a.size(2), D = out_a.size(3);
-  const Tensor out = torch::stable::transpose(torch::stable::new_empty(out_a, {B, N, H, D}), 1, 2);
-  const Tensor lse = torch::stable::new_empty(lse_a, {B, H, N});
+  const Tensor out = cpu_heads(out_a, B, H, N, D);
+  const Tensor lse = cpu_empty(lse_a, {B, H, N});
 
   const bool bf16 = dtype == ScalarType::BFloat16;
   const int64_t block = 256;  // rows of one work item

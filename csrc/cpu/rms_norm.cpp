@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -23,7 +24,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight_any, double eps) {
                shape_text(weight_any), " does not fit x ", shape_text(x));
   SCRIMP_CHECK(std::isfinite(eps) && eps >= 0, "rms_norm: eps=", eps, " must be finite and not negative");
   const Tensor weight = unit_last_stride(weight_any);
-  const Tensor out = torch::stable::new_empty(x, x.sizes());
+  const Tensor out = cpu_empty(x, x.sizes());
   const int64_t columns = weight.size(0);
   if (out.numel() == 0) return out;
 

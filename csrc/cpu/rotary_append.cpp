@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -70,7 +71,7 @@ Tensor rotary_append(const Tensor& q_any, const Tensor& k_any, const Tensor& v_a
 
   const Tensor q = unit_last_stride(q_any), k = unit_last_stride(k_any), v = unit_last_stride(v_any);
   const Tensor cos = unit_last_stride(cos_any), sin = unit_last_stride(sin_any);
-  const Tensor out = torch::stable::new_empty(q, {B, H, T, D});
+  const Tensor out = cpu_empty(q, {B, H, T, D});
   if (D == 0) return out;
   const int64_t size = dtype == ScalarType::BFloat16 ? 2 : 4;
   const auto at = [&](const Tensor& tensor, int64_t i, int64_t dim, int64_t j) {

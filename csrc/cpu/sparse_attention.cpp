@@ -12,6 +12,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -209,8 +210,8 @@ static std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q_any, const Te
                   .tiles = tiles,
                   .causal = causal};
   const Tensor q = unit_last_stride(q_any), k = unit_last_stride(k_any), v = unit_last_stride(v_any);
-  const Tensor out = torch::stable::transpose(torch::stable::new_empty(q, {B, n_q, H, D}), 1, 2);
-  const Tensor lse = torch::stable::new_empty(q, {B, H, n_q}, ScalarType::Float);
+  const Tensor out = cpu_heads(q, B, H, n_q, D);
+  const Tensor lse = cpu_empty(q, {B, H, n_q}, ScalarType::Float);
   if (B * H * n_q == 0) return {out, lse};
   const std::vector<QueryTile> work = split_work(plan, B, H, G, n_q, n_k);
 
@@ -245,7 +246,7 @@ static std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q_any, const Te
                              .bf16 = q.scalar_type() == ScalarType::BFloat16};
   const auto items = static_cast<int64_t>(work.size());
   const int64_t floats = (SCRIMP_KERNEL(sparse_attention_scratch)(call) + 15) / 16 * 16;  // whole cache lines
-  const Tensor scratch = torch::stable::new_empty(lse, {worker_count(items), floats});
+  const Tensor scratch = cpu_empty(lse, {worker_count(items), floats});
   const auto kernel = SCRIMP_KERNEL(sparse_attention_tile);
   for_each_item(items, [&](int64_t item, int64_t worker) {
     kernel(call, work[item], static_cast<float*>(scratch.data_ptr()) + worker * floats);

@@ -11,6 +11,7 @@
 #include "common/channel_list.h"
 #include "common/float_dtype.h"
 #include "common/rows.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -48,7 +49,7 @@ static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
   const int64_t listed = check_list("sparse_linear", index, count, K);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = N;
-  const Tensor out = torch::stable::new_empty(x, shape);
+  const Tensor out = cpu_empty(x, shape);
   if (out.numel() == 0) return out;
   const int64_t M = out.numel() / N;
   const OptionalTensor bias = bias_any ? OptionalTensor(as_contiguous(*bias_any)) : std::nullopt;

@@ -9,17 +9,12 @@
 #include "common/check.h"
 #include "common/gumbel.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
+#include "common/tree_accept.h"
 
 namespace scrimp {
 
 using torch::headeronly::ScalarType;
-
-static void check_shape(const char* name, const Tensor& tensor, ScalarType dtype, int64_t B, int64_t T) {
-  SCRIMP_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype, "tree_accept: ", name,
-               " is of the wrong dtype or not on the CPU");
-  SCRIMP_CHECK(tensor.dim() == (T < 0 ? 1 : 2) && tensor.size(0) == B && (T < 0 || tensor.size(1) == T),
-               "tree_accept: ", name, " has shape ", shape_text(tensor), ", which does not fit logits");
-}
 
 static void check_values(const int32_t* parent, const float* temperature, int64_t B, int64_t T) {
   for (int64_t i = 0; i < B * T; ++i)
@@ -36,14 +31,10 @@ static std::tuple<Tensor, Tensor> tree_accept(const Tensor& logits_any, const Te
   const auto dtype = logits_any.scalar_type();
   SCRIMP_CHECK(logits_any.is_cpu() && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
                "tree_accept: logits must be float32 or bfloat16 on the CPU");
-  SCRIMP_CHECK(logits_any.dim() == 3, "tree_accept: logits must be [B, T, V], got ", shape_text(logits_any));
+  for (const Tensor* tensor : {&tokens_any, &parents_any, &temperature_any, &seed_any, &position_any})
+    SCRIMP_CHECK(tensor->is_cpu(), "tree_accept: all tensors must be on the CPU");
+  check_tree(logits_any, tokens_any, parents_any, temperature_any, seed_any, position_any);
   const int64_t B = logits_any.size(0), T = logits_any.size(1), V = logits_any.size(2);
-  SCRIMP_CHECK(V > 0 || B * T == 0, "tree_accept: logits of shape ", shape_text(logits_any), " offer no token");
-  check_shape("tokens", tokens_any, ScalarType::Long, B, T);
-  check_shape("parents", parents_any, ScalarType::Int, B, T);
-  check_shape("temperature", temperature_any, ScalarType::Float, B, -1);
-  check_shape("seed", seed_any, ScalarType::Long, B, -1);
-  check_shape("position", position_any, ScalarType::Long, B, -1);
 
   const Tensor logits = unit_last_stride(logits_any);
   const Tensor tokens = as_contiguous(tokens_any), parents = as_contiguous(parents_any);
@@ -56,7 +47,7 @@ static std::tuple<Tensor, Tensor> tree_accept(const Tensor& logits_any, const Te
   const auto* position = static_cast<const int64_t*>(positions.data_ptr());
   check_values(parent, temperature, B, T);
 
-  const Tensor paths = torch::stable::new_empty(parents, {B, T}), choices = torch::stable::new_empty(tokens, {B, T});
+  const Tensor paths = cpu_empty(parents, {B, T}), choices = cpu_empty(tokens, {B, T});
   auto* path = static_cast<int32_t*>(paths.data_ptr());
   auto* chosen = static_cast<int64_t*>(choices.data_ptr());
   const int64_t size = dtype == ScalarType::BFloat16 ? 2 : 4;

@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -110,8 +111,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tensor& k_a
   }
 
   const Tensor q = unit_last_stride(q_any), k = unit_last_stride(k_any), v = unit_last_stride(v_any);
-  const Tensor out = torch::stable::transpose(torch::stable::new_empty(q, {B, T, H, D}), 1, 2);
-  const Tensor lse = torch::stable::new_empty(q, {B, H, T}, ScalarType::Float);
+  const Tensor out = cpu_heads(q, B, H, T, D);
+  const Tensor lse = cpu_empty(q, {B, H, T}, ScalarType::Float);
   if (B * H * T == 0) return {out, lse};
 
   const int64_t some = D > 0;  // without dimensions there is no memory to step through

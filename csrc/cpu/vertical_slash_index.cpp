@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/tensors.h"
 
 namespace scrimp {
 
@@ -76,10 +77,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> vertical_slash_index(
 
   const Tensor q = unit_last_stride(q_any), k = unit_last_stride(k_any);
   const int64_t T = (n_q + q_block - 1) / q_block, S = (n_q + segment - 1) / segment;
-  const Tensor ranges = torch::stable::new_empty(window, {B, H, 2 * T, 2});
-  const Tensor range_slice = torch::stable::new_empty(window, {B, H, T, 2});
-  const Tensor chosen = torch::stable::new_empty(window, {B, H, S * max_columns});
-  const Tensor column_slice = torch::stable::new_empty(window, {B, H, T, 2});
+  const Tensor ranges = cpu_empty(window, {B, H, 2 * T, 2});
+  const Tensor range_slice = cpu_empty(window, {B, H, T, 2});
+  const Tensor chosen = cpu_empty(window, {B, H, S * max_columns});
+  const Tensor column_slice = cpu_empty(window, {B, H, T, 2});
   if (B * H * n_q == 0) return {ranges, range_slice, chosen, column_slice};
 
   const VerticalSlashIndex call{.q = q.data_ptr(),
@@ -111,7 +112,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> vertical_slash_index(
   const int64_t segments = kSampleLanes / call.segment_lanes, groups = (S + segments - 1) / segments;
   const int64_t items = B * H * groups;
   const int64_t floats = (SCRIMP_KERNEL(vertical_slash_index_scratch)(call) + 15) / 16 * 16;  // whole cache lines
-  const Tensor scratch = torch::stable::new_empty(q, {worker_count(items), floats}, ScalarType::Float);
+  const Tensor scratch = cpu_empty(q, {worker_count(items), floats}, ScalarType::Float);
   const auto kernel = SCRIMP_KERNEL(vertical_slash_index_group);
   // The heads of a key/value head together (they share its cache), their last segments (the most work) first.
   for_each_item(items, [&](int64_t item, int64_t worker) {

@@ -6,7 +6,8 @@
 #include <algorithm>
 
 #include "common/parallel.h"
-#include "common/vq_head.h"
+#include "common/tensors.h"
+#include "cpu/vq_head.h"
 
 namespace scrimp {
 
@@ -17,7 +18,7 @@ static Tensor vq_logits(const Tensor& h, const Tensor& codebook, const Tensor& c
   const VqTokens tokens("vq_logits", h, codebook, codes, bias);
   std::vector<int64_t> shape(h.sizes().begin(), h.sizes().end());
   shape.back() = tokens.V;
-  const Tensor logits = torch::stable::new_empty(h, shape);
+  const Tensor logits = cpu_empty(h, shape);
   if (logits.numel() == 0) return logits;
 
   const Tensor scores = code_scores(h, codebook);

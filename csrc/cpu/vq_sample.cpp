@@ -7,7 +7,8 @@
 
 #include "common/gumbel.h"
 #include "common/parallel.h"
-#include "common/vq_head.h"
+#include "common/tensors.h"
+#include "cpu/vq_head.h"
 
 namespace scrimp {
 
@@ -39,11 +40,11 @@ static Tensor vq_sample(const Tensor& h, const Tensor& codebook, const Tensor& c
   for (int64_t i = 0; i < rows; ++i)
     SCRIMP_CHECK(temperature[i] >= 0 && std::isfinite(temperature[i]), "vq_sample: temperature of row ", i, " is ",
                  temperature[i], "; it must be finite and not negative");
-  const Tensor chosen = torch::stable::new_empty(seeds, seeds.sizes());
+  const Tensor chosen = cpu_empty(seeds, seeds.sizes());
   if (rows == 0) return chosen;
   SCRIMP_CHECK(tokens.V > 0, "vq_sample: codes of shape ", shape_text(codes), " offer no token");
 
-  const Tensor scores = torch::stable::reshape(code_scores(h, codebook), {rows, K});
+  const Tensor scores = code_scores(h, codebook);
   const bool filters = top_k > 0 || top_p < 1;
   std::vector<int32_t> counts(filters && tokens.G == 1 && !bias ? K : 0);
   for (int64_t v = 0; !counts.empty() && v < tokens.V; ++v) ++counts[tokens.codes[v]];

@@ -2,7 +2,8 @@
 
 `register` defines the schema in Python; C++ and CUDA implementations registered themselves when `_ext` loaded the
 library, and a Triton kernel is bound to the CUDA key where no CUDA C++ exists, so the reference is what the dispatcher
-falls back to where no kernel exists. `SCRIMP_CUDA_IMPL=triton` asks for Triton where both exist.
+falls back to where no kernel exists. `SCRIMP_CUDA_IMPL=triton` asks for Triton where both exist; an op whose CUDA C++
+does not take all inputs says which it takes, and Triton serves the others.
 """
 
 import functools
@@ -65,10 +66,18 @@ def _find_triton(name: str) -> Callable[..., Any] | None:
     return run
 
 
-def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+def register(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    cuda_takes: Callable[..., bool] | None = None,
+) -> Callable[..., Any]:
     """Defines `scrimp::<name>` and returns the callable that dispatches to its best implementation.
 
-    An op registered this way has no backward: inputs that require grad are refused by name.
+    `cuda_takes` says of flat arguments whether the kernels in CUDA C++ take them; None where they take all. An op
+    registered this way has no backward: inputs that require grad are refused by name.
     """
     _library.define(name + schema)
     _library.impl(name, reference, "CompositeExplicitAutograd")
@@ -90,12 +99,12 @@ def register(name: str, schema: str, *, fake: Callable[..., Any], reference: Cal
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
-    OPS[name] = Op(name, call, reference, _bind_cuda(name))
+    OPS[name] = Op(name, call, reference, _bind_cuda(name, cuda_takes))
     return call
 
 
-def _bind_cuda(name: str) -> dict[str, Callable[..., Any]]:
-    """Binds Triton to the CUDA key where it is alone or asked for; the kernels by name, first the one that runs."""
+def _bind_cuda(name: str, takes: Callable[..., bool] | None) -> dict[str, Callable[..., Any]]:
+    """Binds to the CUDA key what is not bound yet; the kernels by name, first the one that runs."""
     wish, found = _wanted_cuda(), dict[str, Callable[..., Any]]()
     if _has_kernel(name, "CUDA"):
         found["cuda-c++"] = functools.partial(
@@ -103,13 +112,24 @@ def _bind_cuda(name: str) -> dict[str, Callable[..., Any]]:
         )
     if triton := _find_triton(name):
         if not found or wish == "triton":
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-                _library.impl(name, triton, "CUDA", allow_override=bool(found))
+            _bind(name, triton, bool(found))
             found = {"cuda-triton": triton} | found
         else:
+            if takes is not None:
+                found["cuda-c++"] = _either(takes, found["cuda-c++"], triton)
+                _bind(name, found["cuda-c++"], True)
             found["cuda-triton"] = triton
     return found
+
+
+def _bind(name: str, kernel: Callable[..., Any], instead: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        _library.impl(name, kernel, "CUDA", allow_override=instead)
+
+
+def _either(takes: Callable[..., bool], compiled: Callable[..., Any], triton: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: (compiled if takes(*args) else triton)(*args)
 
 
 def _find(name: str) -> Op:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,17 +48,26 @@ _OnLaunch = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class Run:
-    """One executed launch."""
+    """One executed launch; `shared` are the bytes of dynamic shared memory it asked for."""
 
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
+    shared: int
     counters: ptx.Counters
 
 
 def compiled(op: str) -> ptx.CudaObject:
     """The object, PTX and ptxas's figures of an op's launcher."""
     return ptx.compile_cuda_object(ROOT / f"csrc/cuda/{op}.cu", [ROOT / "csrc"], [TORCH / "include"])
+
+
+@functools.cache
+def kernels(op: str) -> dict[str, str]:
+    """The op's kernels: name in PTX -> name in C++, "merge_attention_kernel<__half, 8>"."""
+    names = re.findall(r"\.entry (\w+)", compiled(op).ptx)
+    said = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
+    return {name: re.findall(r"(\w+(?:<.*>)?)\(", line)[0] for name, line in zip(names, said.splitlines(), strict=True)}
 
 
 @functools.cache
@@ -90,12 +100,16 @@ def call(
     *args: Any,
     order: str = "lockstep",
     change: Mapping[str, Callable[[str], str]] | None = None,
+    short: Mapping[str, int] | None = None,
     failure: str = "",
+    max_instructions: int = 1 << 40,
 ) -> tuple[Any, list[Run]]:
     """The results of an op's CUDA implementation on CPU tensors, and what it launched.
 
-    `change` maps a part of a kernel's name to a change of its own PTX; with `failure` the launch reports an error of
-    that text. Raises what the launcher raises, or `ptx.EmulatorError` at the first fault of a kernel.
+    `change` maps the beginning of a kernel's name to a change of its own PTX, `short` an argument of the op to the
+    bytes that its end lacks in the kernels; with `failure` the launch reports an error of that text. The warps of a
+    launch have at most `max_instructions`. Raises what the launcher raises, or `ptx.EmulatorError` at the first fault
+    of a kernel.
     """
     handle = getattr(torch.ops.scrimp, op).default
     names = {arg.data_ptr(): s.name for arg, s in zip(args, handle._schema.arguments, strict=False)
@@ -107,15 +121,18 @@ def call(
     def on_launch(kernel: bytes, grid: Any, block: Any, shared: int, values: Any, buffers: Any, count: int) -> int:
         try:
             name = kernel.decode()
-            mutate = next((mutate for part, mutate in (change or {}).items() if part in name), None)
+            plain = kernels(op)[name]
+            mutate = next((mutate for part, mutate in (change or {}).items() if plain.startswith(part)), None)
             module = ptx.load(_changed(text, name, mutate)) if mutate else _module(text)
             known = {buffers[i].data: buffers[i].bytes for i in sorted(range(count), key=lambda i: buffers[i].bytes)}
             arguments = [
-                _argument(ctypes.string_at(values[i], parameter.size), known, names)
+                _argument(ctypes.string_at(values[i], parameter.size), known, names, short or {})
                 for i, parameter in enumerate(module.parsed.entries[name].parameters)
             ]
-            counters = module.launch(name, tuple(grid[0]), tuple(block[0]), arguments, shared, order)
-            runs.append(Run(name, tuple(grid[0]), tuple(block[0]), counters))
+            counters = module.launch(
+                name, tuple(grid[0]), tuple(block[0]), arguments, shared, order, max_instructions=max_instructions
+            )
+            runs.append(Run(plain, tuple(grid[0]), tuple(block[0]), shared, counters))
         except BaseException as fault:
             faults.append(fault)
             return 719
@@ -134,22 +151,26 @@ def call(
 
 
 def _changed(text: str, kernel: str, mutate: Callable[[str], str]) -> str:
-    """The PTX with a change inside one kernel."""
-    start = text.index(f".entry {kernel}(")
-    end = text.index("\n}", start)
-    body = mutate(text[start:end])
+    """One kernel of the PTX, changed; the change sees the list of source files that its lines refer to, too."""
+    starts = [match.start() for match in re.finditer(r"^\.visible \.entry ", text, re.M)]
+    start = next(at for at in starts if text.startswith(f".visible .entry {kernel}(", at))
+    end = text.rindex("\n}", start, next((at for at in starts if at > start), len(text)))
+    files = "".join(re.findall(r"^\s*\.file\s.*\n", text, re.M))
+    body = mutate(files + text[start:end]).removeprefix(files)
     if body == text[start:end]:
         raise AssertionError(f"the change of {kernel} changes nothing")
-    return text[:start] + body + text[end:]
+    lines = "\n" * text.count("\n", starts[0], start)  # faults and counters are known by their lines
+    return text[: starts[0]] + lines + body + "\n}\n"
 
 
-def _argument(raw: bytes, known: Mapping[int, int], names: Mapping[int, str]) -> ptx.Struct:
+def _argument(raw: bytes, known: Mapping[int, int], names: Mapping[int, str], short: Mapping[str, int]) -> ptx.Struct:
     """A kernel's parameter; the words that lead into a tensor are its pointers."""
     pointers = {}
     for offset in range(0, len(raw) - 7, 8):
         word = int.from_bytes(raw[offset : offset + 8], "little")
         start = next((data for data, size in known.items() if data and data <= word < data + max(size, 1)), None)
         if start is not None:
+            name = names.get(start, f"buffer {list(known).index(start)}")
             memory = np.ctypeslib.as_array((ctypes.c_uint8 * known[start]).from_address(start))
-            pointers[offset] = (names.get(start, f"buffer {list(known).index(start)}"), memory, word - start)
+            pointers[offset] = (name, memory[: len(memory) - short.get(name, 0)], word - start)
     return ptx.Struct(raw, pointers)

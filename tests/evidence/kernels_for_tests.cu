@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#include "common/ptx.cuh"
+
+namespace ptx = scrimp::ptx;
+
 // Sum of n floats: grid-stride loop, shuffles, shared memory, one atomic a block.
 extern "C" __global__ void reduce_sum(const float* x, float* out, int n) {
   __shared__ float part[32];
@@ -16,44 +20,6 @@ extern "C" __global__ void reduce_sum(const float* x, float* out, int n) {
   sum = threadIdx.x < blockDim.x / 32 ? part[threadIdx.x] : 0.f;
   for (int o = 16; o; o >>= 1) sum += __shfl_down_sync(~0u, sum, o);
   if (threadIdx.x == 0) atomicAdd(out, sum);
-}
-
-template <class T>
-__device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b);
-template <>
-__device__ void mma<__half>(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-template <bool kTrans>
-__device__ void load_matrices(uint32_t (&r)[4], const void* p) {
-  if constexpr (kTrans)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p))
-                 : "memory");
-}
-
-__device__ void copy16(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
 }
 
 // C = A B with 64x64x32 tiles, four warps, two stages, swizzled rows; any sizes with K, N % 8 == 0.
@@ -73,14 +39,14 @@ __global__ void __launch_bounds__(128) gemm(const T* a, const T* b, float* c, in
     for (int i = threadIdx.x; i < kRows * kDepth / 8; i += 128) {
       const int r = i >> 2, c8 = i & 3;
       const bool inside = row0 + r < m && k0 + c8 * 8 < k;
-      copy16(at_a(s, r, c8), inside ? a + static_cast<size_t>(row0 + r) * k + k0 + c8 * 8 : a, inside);
+      ptx::copy_async(at_a(s, r, c8), inside ? a + static_cast<size_t>(row0 + r) * k + k0 + c8 * 8 : a, inside);
     }
     for (int i = threadIdx.x; i < kDepth * kCols / 8; i += 128) {
       const int r = i >> 3, c8 = i & 7;
       const bool inside = k0 + r < k && col0 + c8 * 8 < n;
-      copy16(at_b(s, r, c8), inside ? b + static_cast<size_t>(k0 + r) * n + col0 + c8 * 8 : b, inside);
+      ptx::copy_async(at_b(s, r, c8), inside ? b + static_cast<size_t>(k0 + r) * n + col0 + c8 * 8 : b, inside);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    ptx::commit_copies();
   };
   float acc[2][4][4] = {};
   const int steps = (k + kDepth - 1) / kDepth;
@@ -88,19 +54,20 @@ __global__ void __launch_bounds__(128) gemm(const T* a, const T* b, float* c, in
   for (int t = 0; t < steps; ++t) {
     if (t + 1 < steps) {
       fetch((t + 1) & 1, (t + 1) * kDepth);
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      ptx::wait_copies<1>();
     } else {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      ptx::wait_copies<0>();
     }
     __syncthreads();
     for (int kk = 0; kk < kDepth / 16; ++kk) {
       uint32_t fa[2][4], fb[2][4];
       for (int i = 0; i < 2; ++i)
-        load_matrices<false>(fa[i], at_a(t & 1, wr + i * 16 + (lane & 15), kk * 2 + (lane >> 4)));
+        ptx::load_matrices(fa[i], at_a(t & 1, wr + i * 16 + (lane & 15), kk * 2 + (lane >> 4)));
       for (int j = 0; j < 2; ++j)
-        load_matrices<true>(fb[j], at_b(t & 1, kk * 16 + (lane & 15), wc / 8 + j * 2 + (lane >> 4)));
+        ptx::load_matrices<true>(fb[j], at_b(t & 1, kk * 16 + (lane & 15), wc / 8 + j * 2 + (lane >> 4)));
       for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 4; ++j) mma<T>(acc[i][j], fa[i], &fb[j >> 1][(j & 1) * 2]);
+        for (int j = 0; j < 4; ++j)
+          ptx::multiply<T>(acc[i][j], fa[i], fb[j >> 1][(j & 1) * 2], fb[j >> 1][(j & 1) * 2 + 1]);
     }
     __syncthreads();
   }

@@ -63,13 +63,15 @@ def in_entry(name: str, change: Change) -> Change:
 def at_line(kernel: Any, words: str, pattern: str, index: int | None, replacement: str) -> Change:
     """Replaces the occurrence number `index` (None: each) of a pattern in what was compiled from some source lines.
 
-    These are the lines of the Triton function `kernel`'s file that contain `words`; PTX names them in `.loc`.
+    These are the lines that contain `words` in the file of the Triton function `kernel`, or in the CUDA file of that
+    path; PTX names them in `.loc`.
     """
-    source = Path(inspect.getsourcefile(getattr(kernel, "fn", kernel)) or "").read_text().splitlines()
-    lines = {number for number, line in enumerate(source, 1) if words in line}
+    path = kernel if isinstance(kernel, Path) else Path(inspect.getsourcefile(getattr(kernel, "fn", kernel)) or "")
+    lines = {number for number, line in enumerate(path.read_text().splitlines(), 1) if words in line}
 
     def apply(text: str) -> str:
-        places = [(m.start(), int(m[1])) for m in re.finditer(r"\.loc\s+1\s+(\d+)", text)]
+        listed = re.findall(rf'\.file\s+(\d+)\s+"[^"]*{re.escape(path.name)}"', text) if path.suffix != ".py" else ["1"]
+        places = [(m.start(), m[1] in listed and int(m[2])) for m in re.finditer(r"\.loc\s+(\d+)\s+(\d+)", text)]
         starts = [start for start, _ in places]
         found = []
         for match in re.finditer(pattern, text):

@@ -9,7 +9,7 @@ from cuda_device import ROOT, SOURCES, TORCH, compiled
 from ptx.nvcc import nvcc_path
 
 OPS = [source.stem for source in SOURCES]
-ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"}
+ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90"}
 
 
 def symbols(path: Path | str, *options: str) -> set[str]:

@@ -13,7 +13,6 @@ import pytest
 from passport import compiled, demands, records, summary
 from subjects import SUBJECTS
 
-CUDA = [op for op in SUBJECTS if compiled.has_cuda(op)]
 ADVICE = "if that is meant, run `make evidence` and review the changed lines"
 
 
@@ -24,18 +23,13 @@ def recomputed(op: str) -> list[records.Record]:
     return json.loads(json.dumps(records.triton_records(some)))
 
 
-@functools.cache
-def recomputed_cuda(op: str) -> list[records.Record]:
-    return json.loads(json.dumps(records.cuda_records(op)))
-
-
 def key(record: records.Record) -> tuple[Any, ...]:
     return record["config"], record["kernel"], record["arch"], record.get("flags")
 
 
-def same_version(op: str, compiler: str) -> bool:
+def same_version(op: str) -> bool:
     """Whether the passport was made by the compiler at hand; otherwise only the demands can be held."""
-    return records.checked_in(op)["compilers"].get(compiler) == records.compilers(op)[compiler]
+    return records.checked_in(op)["compilers"]["triton"] == ptx.triton_version()
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +52,8 @@ def test_kernels_meet_the_demands(op: str) -> None:
 @pytest.mark.usefixtures("ready")
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_kernels_are_those_of_the_passport(op: str) -> None:
-    if same_version(op, "triton"):
+    if same_version(op):
         compare(recomputed(op), records.checked_in(op)["kernels"])
-
-
-@pytest.mark.parametrize("op", CUDA)
-def test_cuda_kernels(op: str) -> None:
-    found = recomputed_cuda(op)
-    reasons = [reason for record in found for reason in demands.unmet(record)]
-    assert not reasons, "\n".join(reasons)
-    if same_version(op, "nvcc"):
-        compare(found, records.checked_in(op)["kernels"])
 
 
 def compare(found: list[records.Record], passport: list[records.Record]) -> None:
@@ -98,7 +83,7 @@ def test_passport_is_whole(op: str) -> None:
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_reference_launch(op: str) -> None:
     """The emulator counts what the passport says."""
-    if same_version(op, "triton"):
+    if same_version(op):
         found, expected = json.loads(json.dumps(records.reference(op))), records.checked_in(op)["reference"]
         for mine, theirs in zip(found["launches"], expected["launches"], strict=True):
             assert mine == theirs, ADVICE

@@ -93,7 +93,12 @@ def compiled() -> dict[str, ptx.Compiled]:
 
 @pytest.fixture(scope="session")
 def cuda() -> ptx.Module:
-    return ptx.load(ptx.compile_cuda(Path(__file__).with_name("kernels_for_tests.cu")))
+    return ptx.load(cuda_text())
+
+
+def cuda_text() -> str:
+    """The PTX of the CUDA test kernels."""
+    return ptx.compile_cuda(Path(__file__).with_name("kernels_for_tests.cu"), [Path(__file__).parents[2] / "csrc"])
 
 
 def run(kernel: ptx.Compiled, grid: Any, args: dict[str, Any], order: str, **options: Any) -> ptx.Counters:

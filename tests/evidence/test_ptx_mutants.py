@@ -5,13 +5,12 @@ A mutant that survives must be shown to be equivalent on the inputs used (`EQUIV
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import ptx
 import pytest
 import torch
 from mutations import BARRIER, COMMIT, MMA_A, MMA_B, SWAPPED, WAIT, Change, in_entry, nth, shuffle, weaker
-from test_ptx_kernels import attention_reference, attention_request, matmul_request, poisoned
+from test_ptx_kernels import attention_reference, attention_request, cuda_text, matmul_request, poisoned
 
 ROWS, HEADS = 100, 2
 
@@ -173,7 +172,7 @@ def test_pipelined_matmul_mutants(compiled, order):
 
 @pytest.mark.parametrize("order", ["lockstep", "warp"])
 def test_nvcc_gemm_mutants(order):
-    text = ptx.compile_cuda(Path(__file__).with_name("kernels_for_tests.cu"))
+    text = cuda_text()
     a, b = torch.randn(100, 104).half(), torch.randn(104, 72).half()
 
     def outcome(kernel: str) -> str:

@@ -1,4 +1,4 @@
-"""Compiles what is shipped: every Triton launch of an op's configurations; its launcher in CUDA C++."""
+"""Compiles what is shipped: every Triton launch of an op's configurations."""
 
 import ast
 import hashlib
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cuda_device
 import ptx
 from emulate import request
 from subjects import SUBJECTS
@@ -19,7 +18,6 @@ from subjects import SUBJECTS
 ROOT = Path(__file__).resolve().parents[3]
 ARCHES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
 DEFAULT_ARCHES: tuple[int | str, ...] = (80, 90)
-CUDA_ARCHES = ("sm_80", "sm_90a")
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,6 @@ def sources(op: str) -> dict[str, str]:
     for name in re.findall(r"^from \.(\w+) import", (ROOT / "kernels" / f"{op}.py").read_text(), re.M):
         if "@triton.jit" in (path := ROOT / "kernels" / f"{name}.py").read_text():
             found[f"kernels/{name}.py"] = _jitted(path)
-    if has_cuda(op):
-        for path in sorted((ROOT / "csrc" / "cuda").glob(f"{op}.cu*")):
-            bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", path.read_text(), flags=re.S)
-            found[f"csrc/cuda/{path.name}"] = digest(" ".join(bare.split()))
     return found
 
 
@@ -93,8 +87,3 @@ def _jitted(path: Path) -> str:
 
 def compile_shipped(some: Sequence[Shipped], triton: Path | None = None) -> list[ptx.Compiled]:
     return ptx.compile_triton_all([one.asked for one in some], triton)
-
-
-def has_cuda(op: str) -> bool:
-    """Whether the op has a launcher in CUDA C++."""
-    return ROOT / "csrc" / "cuda" / f"{op}.cu" in cuda_device.SOURCES

@@ -6,12 +6,10 @@
 import functools
 import importlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cuda_device
 import ptx
 import torch
 from emulate import execute
@@ -23,7 +21,7 @@ from .occupancy import MULTIPROCESSORS, Occupancy, occupancy
 
 Record = dict[str, Any]
 FOLDER = Path(__file__).resolve().parent.parent / "passports"
-SIBLINGS = {"sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90a": ("sm_90",)}  # run the same code
+SIBLINGS = {"sm_80": ("sm_80", "sm_86", "sm_89")}  # run the same code
 
 
 def triton_record(one: Shipped, built: ptx.Compiled) -> Record:
@@ -54,41 +52,19 @@ def cubin_record(kernel: sass.Kernel, arch: str, warps: int, dynamic_shared: int
         "spills": kernel.spills,
         "static_shared": kernel.shared,
         "dynamic_shared": dynamic_shared,
-        "occupancy": {d: _words(occupancy(d, kernel.registers, shared, warps)) for d in devices},
+        "occupancy": {d: words(occupancy(d, kernel.registers, shared, warps)) for d in devices},
         "hot_loops": [sass.mix(loop) for loop in sass.hot_loops(kernel)],
     }
 
 
-def _words(of: Occupancy) -> str:
+def words(of: Occupancy) -> str:
+    """As a passport has it: "2 blocks, 12%, registers"."""
     return f"{of.blocks} blocks, {of.share:.0%}, {of.limit}"
-
-
-def cuda_records(op: str) -> list[Record]:
-    """Of every instantiation of the op's kernels in CUDA C++."""
-    if not compiled.has_cuda(op):
-        return []
-    built = cuda_device.compiled(op)
-    threads = dict(re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", built.ptx))
-    kernels = sass.read_object(built.path)
-    return [
-        {"config": "CUDA", "kernel": kernel.name, "arch": arch, "warps": int(threads[kernel.name]) // 32}
-        | cubin_record(kernel, arch, int(threads[kernel.name]) // 32, dynamic_shared=0)
-        for arch in compiled.CUDA_ARCHES
-        for kernel in kernels[arch]
-    ]
 
 
 def triton_records(some: Sequence[Shipped], triton: Path | None = None) -> list[Record]:
     built = compiled.compile_shipped(some, triton)
     return [triton_record(one, result) for one, result in zip(some, built, strict=True)]
-
-
-def compilers(op: str) -> dict[str, str]:
-    """Versions of what makes the op's machine code."""
-    found = {"triton": ptx.triton_version()}
-    if compiled.has_cuda(op):
-        found["nvcc"] = ptx.nvcc_version()
-    return found
 
 
 def reference(op: str) -> Record:
@@ -116,9 +92,9 @@ def passport(op: str, other: Path | None = None) -> Record:
     return {
         "op": op,
         "sources": compiled.sources(op),
-        "compilers": compilers(op),
+        "compilers": {"triton": ptx.triton_version()},
         "reference": reference(op),
-        "kernels": records + cuda_records(op),
+        "kernels": records,
     }
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from .toolchain import cache_folder, locked
 
-# What setup.py ships, and sm_90a, for kernels to come.
+# Whose code setup.py ships.
 _ARCHITECTURES = (
     "-gencode=arch=compute_80,code=[sm_80,sm_86,sm_89,compute_80]",
     "-gencode=arch=compute_90,code=sm_90",
-    "-gencode=arch=compute_90a,code=sm_90a",
 )
 
 
@@ -50,11 +49,12 @@ def nvcc_path() -> str | None:
     return next((str(place / "bin" / "nvcc") for place in places if (place / "bin" / "nvcc").exists()), None)
 
 
-def compile_cuda(path: str | Path, arch: int = 80, flags: Sequence[str] = ()) -> str:
+def compile_cuda(path: str | Path, include: Sequence[Path], arch: int = 80) -> str:
     """The PTX of a CUDA C++ file by ``nvcc -ptx``; quoted includes are part of the cache key."""
     source = Path(path).resolve()
-    command = [_nvcc(), "-ptx", "-std=c++17", "-lineinfo", f"-arch=compute_{arch}", *flags]
-    target = cache_folder() / "cuda" / f"{source.stem}-{_key(command, source, ())}.ptx"
+    folders = [f"-I{folder}" for folder in include]
+    command = [_nvcc(), "-ptx", "-std=c++20", "-lineinfo", f"-arch=compute_{arch}", *folders]
+    target = cache_folder() / "cuda" / f"{source.stem}-{_key(command, source, include)}.ptx"
     with locked("cuda"):
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +65,15 @@ def compile_cuda(path: str | Path, arch: int = 80, flags: Sequence[str] = ()) ->
 
 
 def compile_cuda_object(path: str | Path, include: Sequence[Path], system: Sequence[Path]) -> CudaObject:
-    """A launcher with its kernels, as setup.py compiles it; sources under `include` are part of the cache key."""
+    """A launcher with its kernels, as setup.py compiles it, and line numbers.
+
+    Sources under `include` are part of the cache key.
+    """
     source = Path(path).resolve()
     command = [
         _nvcc(), "-c", "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
-        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror", "-Xptxas=-v", "-keep", *_ARCHITECTURES,
-        *(f"-I{folder}" for folder in include), *(f"-isystem={folder}" for folder in system),
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror", "-Xptxas=-v", "-lineinfo", "-keep",
+        *_ARCHITECTURES, *(f"-I{folder}" for folder in include), *(f"-isystem={folder}" for folder in system),
     ]  # fmt: skip
     folder = cache_folder() / "cuda" / f"{source.stem}-{_key(command, source, include)}"
     with locked(f"cuda-{source.stem}"):
@@ -112,17 +115,18 @@ def _run(command: Sequence[str], source: Path) -> str:
 def _key(command: Sequence[str], source: Path, roots: Sequence[Path]) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
     digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout)
-    for text in _quoted_includes(source, roots, {}).values():
+    for text in quoted_includes(source, roots, {}).values():
         digest.update(text)
     return digest.hexdigest()[:24]
 
 
-def _quoted_includes(path: Path, roots: Sequence[Path], seen: dict[Path, bytes]) -> dict[Path, bytes]:
+def quoted_includes(path: Path, roots: Sequence[Path], seen: dict[Path, bytes]) -> dict[Path, bytes]:
+    """The file and those it includes, directly or not, with their text; added to `seen`."""
     if path not in seen and path.exists():
         seen[path] = path.read_bytes()
         for name in re.findall(rb'^\s*#\s*include\s+"([^"]+)"', seen[path], re.M):
             for root in (path.parent, *roots):
-                _quoted_includes((root / name.decode()).resolve(), roots, seen)
+                quoted_includes((root / name.decode()).resolve(), roots, seen)
     return seen
 
 
