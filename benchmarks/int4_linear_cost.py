@@ -30,15 +30,19 @@ def count(*flat: Any) -> Count:
     x, qweight, scales, zeros, codebook, permutation, bias = flat[:7]
     total = Count(0, size(qweight, scales, zeros, codebook, permutation, bias, out))
     for launch in made:
-        args = launch.args
         if launch.kernel.__name__ == "int4_linear_inputs_kernel":
-            written = size(args["made"], args["scale"])
-            index = 0 if permutation is None else args["M"] * size(permutation)
-            read = args["M"] * args["K"] * x.element_size()
-            total += Count(read + index + written, size(x) + written)
+            total += prepared(launch)
         else:
             total += products(launch, 0 if len(made) > 1 else size(x))
     return total
+
+
+def prepared(launch: Launch) -> Count:
+    """Of the kernel that makes inputs; those of an index are counted where it is read once."""
+    args = launch.args
+    written = size(args["made"], args["scale"])
+    index = 0 if args["permutation"] is None else args["M"] * size(args["permutation"])
+    return Count(args["M"] * args["K"] * args["x"].element_size() + index + written, size(args["x"]) + written)
 
 
 def products(launch: Launch, inputs: int) -> Count:
