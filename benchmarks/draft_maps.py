@@ -20,7 +20,7 @@ from scrimp.methods.tree_decoding.maps import FORMAT_VERSION
 
 MODEL = "demo"
 KINDS = ("hidden", "medusa")
-SETTINGS = ["--length", "192", "--steps", "64", "--rows", "96", "--rate", "6e-4"]
+SETTINGS = ["--length", "192", "--steps", "240", "--rows", "96", "--rate", "6e-4"]
 
 THINGS = (
     "an old sailor, a shy dragon, a broken clock, a young baker, a river, a lost letter, a grey cat, a village, "
@@ -35,6 +35,11 @@ QUESTIONS = (
     "Which museums are worth a visit in Vienna?; How do I grow tomatoes on a balcony?; What is the water cycle?; "
     "How do I prepare for a job interview?; What makes a good friend?; How do planes fly?; What is a mortgage?; "
     "Give me three tips for saving money.; How do I make a simple soup?; What did the Romans build?; Why do we dream?"
+)
+TOPICS = (
+    "gravity, the French Revolution, a black hole, democracy, the heart, an earthquake, electricity, a volcano, "
+    "evolution, the Silk Road, an atom, a computer program, money, the moon, a rainforest, the internet, a whale, "
+    "chess, jazz, glass"
 )
 TASKS = (
     "function that reverses a string; function that counts the words of a text; class for a bank account; "
@@ -51,11 +56,17 @@ TASKS = (
 def prompts() -> list[str]:
     """Questions, stories, code and texts to read, in turns."""
     things = THINGS.split(", ")
-    stories = [f"Write a story about {a} and {b}." for a, b in zip(things, things[7:] + things[:7], strict=True)]
-    code = [f"Write a Python {task}, with an example." for task in TASKS.split("; ")]
+    stories = [
+        f"Write a story about {a} and {b}."
+        for turn in (7, 3, 12)
+        for a, b in zip(things, things[turn:] + things[:turn], strict=True)
+    ]
+    ask = ("Write a Python {}, with an example.", "Show me how to write a Python {} and how to test it.")
+    code = [form.format(task) for form in ask for task in TASKS.split("; ")]
     read = [" ".join(each.split())[:700] for each in text.corpus("calibration").split("\n\n\n") if len(each) > 700]
-    texts = [f"Read this text. {each} What is it about, in two sentences?" for each in read[:20]]
-    kinds = [QUESTIONS.split("; "), stories, code, texts]
+    texts = [f"Read this text. {each} What is it about, in two sentences?" for each in read[:40]]
+    questions = QUESTIONS.split("; ") + [f"Tell me about {topic}." for topic in TOPICS.split(", ")]
+    kinds = [questions, stories, code, texts]
     return [kind[i] for i in range(max(map(len, kinds))) for kind in kinds if i < len(kind)]
 
 

@@ -1,4 +1,7 @@
-"""What int4_linear's kernels do: codes once for every tile of rows, inputs once for every tile of outputs."""
+"""What int4_linear's kernels do: codes once for every tile of rows, inputs once for every tile of outputs.
+
+`count` is of the Triton kernels, `cuda_count` of the one in CUDA C++, which runs for up to 64 rows.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +17,7 @@ from .roofline import Count, CountedCase
 # name: outputs, inputs; matrices of an 8B and of a 70B model
 SHAPES = {"o": (4096, 4096), "up": (14336, 4096), "large": (28672, 8192)}
 ROWS = (1, 8, 16, 64, 2048)
+CUDA_ROWS = 64  # up to so many rows the kernel in CUDA C++ runs
 
 
 def size(*tensors: Tensor | None) -> int:
@@ -60,6 +64,30 @@ def products(launch: Launch, inputs: int) -> Count:
     )
 
 
+def cuda_tile(M: int, N: int, codebook: bool) -> tuple[int, int]:
+    """Outputs and rows of a tile of the kernel in CUDA C++."""
+    if M <= 4:
+        return 16, 8
+    return (64, 32) if not codebook and (M > 16 or (M > 8 and N >= 8192)) else (32, 16)
+
+
+def cuda_count(*flat: Any) -> Count:
+    """The same of the kernel in CUDA C++; a bias, which every result reads, counts once for each of its rows."""
+    x, qweight, scales, zeros, codebook, _, bias = flat[:7]
+    N, K, M = qweight.shape[0], x.shape[-1], x.shape[:-1].numel()
+    outputs, tokens = cuda_tile(M, N, codebook is not None)
+    across, down, out = cdiv(M, tokens), cdiv(N, outputs), M * N * x.element_size()
+    products = (outputs // 16 + (zeros is not None)) * cdiv(K, 128) * 8 * cdiv(M, 8) * down
+    looked_up = 4 * size(codebook) * across * down  # by each of four warps
+    return Count(
+        bytes=across * size(qweight, scales, zeros) + down * size(x) + looked_up + M * size(bias) + out,
+        unique_bytes=size(x, qweight, scales, zeros, codebook, bias) + out,
+        flops_issued=2 * 16 * 8 * 16 * products,
+        flops_useful=2 * M * N * K,
+        resident_bytes=size(x) if across == 1 else size(x, qweight),
+    )
+
+
 def cases() -> list[CountedCase]:
     """Groups of 128 without zeros, bf16."""
     return list(_cases())
@@ -73,4 +101,8 @@ def _cases() -> Iterator[CountedCase]:
             scales = torch.empty(N, K // 128, dtype=torch.float16, device="meta")
             flat = (x, qweight, scales, None, None, None, None, 128, 0, 0)
             fields = {"m": M, "n": N, "k": K, "group_size": 128, "mode": "exact"}
-            yield CountedCase(f"{name}-{M}", "bf16", partial(count, *flat), fields)
+            if M <= CUDA_ROWS:
+                yield CountedCase(
+                    f"{name}-{M}-c++", "bf16", partial(cuda_count, *flat), fields | {"kernel": "CUDA C++"}
+                )
+            yield CountedCase(f"{name}-{M}", "bf16", partial(count, *flat), fields | {"kernel": "Triton"})

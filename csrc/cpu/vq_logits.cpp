@@ -7,7 +7,7 @@
 
 #include "common/parallel.h"
 #include "common/tensors.h"
-#include "common/vq_head.h"
+#include "cpu/vq_head.h"
 
 namespace scrimp {
 

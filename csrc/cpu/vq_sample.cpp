@@ -8,7 +8,7 @@
 #include "common/gumbel.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
-#include "common/vq_head.h"
+#include "cpu/vq_head.h"
 
 namespace scrimp {
 
@@ -44,7 +44,7 @@ static Tensor vq_sample(const Tensor& h, const Tensor& codebook, const Tensor& c
   if (rows == 0) return chosen;
   SCRIMP_CHECK(tokens.V > 0, "vq_sample: codes of shape ", shape_text(codes), " offer no token");
 
-  const Tensor scores = torch::stable::reshape(code_scores(h, codebook), {rows, K});
+  const Tensor scores = code_scores(h, codebook);
   const bool filters = top_k > 0 || top_p < 1;
   std::vector<int32_t> counts(filters && tokens.G == 1 && !bias ? K : 0);
   for (int64_t v = 0; !counts.empty() && v < tokens.V; ++v) ++counts[tokens.codes[v]];

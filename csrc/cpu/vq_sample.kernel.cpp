@@ -19,6 +19,18 @@ constexpr float kSlack = 1.0001f;  // more than the rounding of a candidate's te
 
 typedef uint64_t KeyVec __attribute__((vector_size(4 * kLanes)));
 
+SCRIMP_INLINE bool any_lane(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= mask[i];
+  return any != 0;
+#endif
+}
+
 // Logits as the op vq_logits gives them, divided by the temperature.
 template <class T>
 struct Scores {
@@ -33,6 +45,14 @@ struct Scores {
   float one(int64_t v) const { return scaled(broadcast(logits.one(v)))[0]; }
 
   float of_code(int64_t code) const { return scaled(load_first(logits.scores + code, 1))[0]; }
+
+  // Of codes k, k + 1, ...; -inf behind the last of `count`.
+  SCRIMP_INLINE Vec codes(int64_t k, int64_t count) const {
+    if (k + kLanes <= count) return scaled(load(logits.scores + k));
+    Vec some = broadcast(-INFINITY);
+    for (int i = 0; k + i < count; ++i) some[i] = of_code(k + i);
+    return some;
+  }
 
   // Of tokens v, v + 1, ...; -inf behind the last one.
   SCRIMP_INLINE Vec lanes(int64_t v) const {
@@ -169,9 +189,7 @@ int64_t draw(const VqRow& row, const Scores<T>& scores, const Cut& cut, int64_t 
       memcpy(may_win + (v - first), &candidates, sizeof candidates);
       some |= candidates;
     }
-    int32_t any = 0;
-    for (int i = 0; i < kLanes; ++i) any |= some[i];
-    for (int64_t v = first; any && v < last; ++v) {
+    for (int64_t v = first; any_lane(some) && v < last; ++v) {
       if (!may_win[v - first] || !cut.keeps(scores.one(v), v)) continue;
       const double value = drawn_by(v);
       if (value > drawn || (value == drawn && v < token)) {
@@ -183,11 +201,44 @@ int64_t draw(const VqRow& row, const Scores<T>& scores, const Cut& cut, int64_t 
   return token;
 }
 
+// The first token of the largest score, from the codes alone where their order says it; -1 where it does not: another
+// code may score the same, no token have the best code, or a score be NaN.
 template <class T>
-int64_t sample(const VqRow& row) {
-  const Scores<T> scores{
-      {static_cast<const T*>(row.scores), row.codes, static_cast<const T*>(row.bias), row.levels, row.tokens},
-      row.temperature};
+int64_t first_of_best_code(const VqRow& row, const Scores<T>& scores) {
+  if (row.levels != 1 || row.bias) return -1;
+  Vec high = broadcast(-INFINITY);
+  IntVec nan{};
+  for (int64_t k = 0; k < row.codebook; k += kLanes) {
+    const Vec score = scores.codes(k, row.codebook);
+    nan |= score != score;
+    high = max(score, high);
+  }
+  const float best = highest_lane(high);
+  int32_t code = -1;
+  for (int64_t k = 0; k < row.codebook; k += kLanes) {
+    const IntVec equal = scores.codes(k, row.codebook) == best;
+    if (!any_lane(equal | nan)) continue;
+    for (int i = 0; i < kLanes; ++i) {
+      if (nan[i] || (equal[i] && code >= 0)) return -1;
+      if (equal[i]) code = static_cast<int32_t>(k + i);
+    }
+  }
+  const IntVec wanted = IntVec{} + code;
+  for (int64_t v = 0; code >= 0 && v + kLanes <= row.tokens; v += kLanes) {
+    IntVec found;
+    memcpy(&found, row.codes + v, sizeof found);
+    found = found == wanted;
+    if (!any_lane(found)) continue;
+    int i = 0;
+    while (!found[i]) ++i;
+    return v + i;
+  }
+  return -1;
+}
+
+// The first token of the largest score of all, -1 where there is NaN or nothing above -inf.
+template <class T>
+int64_t first_of_best(const VqRow& row, const Scores<T>& scores) {
   Vec high = broadcast(-INFINITY);
   IntVec nan{};
   for (int64_t v = 0; v < row.tokens; v += kLanes) {
@@ -201,8 +252,19 @@ int64_t sample(const VqRow& row) {
   if (best == -INFINITY) return -1;
   int64_t token = 0;
   while (scores.one(token) != best) ++token;
-  if (row.temperature == 0 || best == INFINITY) return token;
-  return draw(row, scores, find_cut(row, scores, best), token);
+  return token;
+}
+
+template <class T>
+int64_t sample(const VqRow& row) {
+  const Scores<T> scores{
+      {static_cast<const T*>(row.scores), row.codes, static_cast<const T*>(row.bias), row.levels, row.tokens},
+      row.temperature};
+  int64_t token = first_of_best_code(row, scores);
+  if (token < 0) token = first_of_best(row, scores);
+  if (token < 0 || row.temperature == 0) return token;
+  const float best = scores.one(token);
+  return best == INFINITY ? token : draw(row, scores, find_cut(row, scores, best), token);
 }
 
 }  // namespace

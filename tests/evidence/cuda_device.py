@@ -151,14 +151,16 @@ def call(
 
 
 def _changed(text: str, kernel: str, mutate: Callable[[str], str]) -> str:
-    """The PTX with a change inside one kernel, which comes with the list of source files that its lines refer to."""
-    start = text.index(f".entry {kernel}(")
-    end = text.index("\n}", start)
+    """One kernel of the PTX, changed; the change sees the list of source files that its lines refer to, too."""
+    starts = [match.start() for match in re.finditer(r"^\.visible \.entry ", text, re.M)]
+    start = next(at for at in starts if text.startswith(f".visible .entry {kernel}(", at))
+    end = text.rindex("\n}", start, next((at for at in starts if at > start), len(text)))
     files = "".join(re.findall(r"^\s*\.file\s.*\n", text, re.M))
     body = mutate(files + text[start:end]).removeprefix(files)
     if body == text[start:end]:
         raise AssertionError(f"the change of {kernel} changes nothing")
-    return text[:start] + body + text[end:]
+    lines = "\n" * text.count("\n", starts[0], start)  # faults and counters are known by their lines
+    return text[: starts[0]] + lines + body + "\n}\n"
 
 
 def _argument(raw: bytes, known: Mapping[int, int], names: Mapping[int, str], short: Mapping[str, int]) -> ptx.Struct:

@@ -16,6 +16,7 @@ SCHEMA = (
     "int group_size, int zero_kind, int mode) -> Tensor"
 )
 LARGEST_BLOCK = 128  # inputs that share a scale of the activations, at most
+ROWS_INVARIANT = 64  # up to so many rows a row's result is bitwise the same on a GPU
 SMALLEST = 2.0**-100  # a block of activations below it counts as zero: 127 / SMALLEST is finite
 
 
@@ -124,7 +125,36 @@ def reference(
     return y.to(x.dtype).view(*x.shape[:-1], qweight.shape[0])
 
 
-_call = register("int4_linear", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    permutation: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    zero_kind: int,
+    mode: int,
+) -> bool:
+    """Whether CUDA C++ does a call: 16-bit x, whole words of codes in 16-byte rows, and a weight that is used as it is.
+
+    Up to 64 rows their number has no say in it, so that a row's bits do not depend on it. More rows belong to Triton,
+    whose tiles read a weight less often.
+    """
+    return (
+        mode == MODES.index("exact")
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.shape[:-1].numel() <= ROWS_INVARIANT
+        and scales.dtype != torch.float64
+        and permutation is None
+        and (codebook is None or codebook.dtype == torch.int8)
+        and group_size % 32 == 0
+        and qweight.data_ptr() % 16 == 0
+    )
+
+
+_call = register("int4_linear", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, mode: str = "exact") -> Tensor:

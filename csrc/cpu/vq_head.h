@@ -1,24 +1,32 @@
 // What the drivers of a VQ head's ops share: the checks of its tensors, and the scores of its codes.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
 #include "common/check.h"
+#include "common/parallel.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
-// The place of the first code that is not a row of a codebook of K rows; `count` where there is none.
-inline int64_t first_outside(const int32_t* codes, int64_t count, int64_t K) {
-  uint32_t outside = 0;  // the sign bit tells of a code below 0 or above K - 1
-  for (int64_t i = 0; i < count; ++i) {
-    const auto code = static_cast<uint32_t>(codes[i]);
-    outside |= code | (static_cast<uint32_t>(K) - 1 - code);
-  }
-  int64_t i = outside >> 31 ? 0 : count;
-  while (i < count && codes[i] >= 0 && codes[i] < K) ++i;
-  return i;
+// Whether all codes are rows of a codebook of K rows.
+inline bool all_inside(const int32_t* codes, int64_t count, int64_t K) {
+  constexpr int64_t kBlock = 16384;
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  std::atomic<bool> inside{true};
+  for_each_item(blocks, worker_count(blocks, 16 * count), [&](int64_t block, int64_t) {
+    uint32_t outside = 0;  // the sign bit tells of a code below 0 or above K - 1
+    for (int64_t i = block * kBlock, end = std::min(i + kBlock, count); i < end; ++i) {
+      const auto code = static_cast<uint32_t>(codes[i]);
+      outside |= code | (static_cast<uint32_t>(K) - 1 - code);
+    }
+    if (outside >> 31) inside.store(false, std::memory_order_relaxed);
+  });
+  return inside.load();
 }
 
 // The codes and the bias of V tokens, of which each has G codes; contiguous, checked.
@@ -49,9 +57,13 @@ struct VqTokens {
     V = codes_any.size(dims - 1);
     codes_tensor = as_contiguous(codes_any);
     codes = static_cast<const int32_t*>(codes_tensor.data_ptr());
-    const int64_t K = codebook.size(0), i = first_outside(codes, G * V, K);
-    SCRIMP_CHECK(i == G * V, op, ": codes[", dims == 2 ? text_of(i / V) + ", " : "", i % V, "]=", codes[i],
-                 " is not one of the ", K, " rows of the codebook");
+    const int64_t K = codebook.size(0);
+    if (!all_inside(codes, G * V, K)) {
+      int64_t i = 0;
+      while (codes[i] >= 0 && codes[i] < K) ++i;
+      fail(op, ": codes[", dims == 2 ? text_of(i / V) + ", " : "", i % V, "]=", codes[i], " is not one of the ", K,
+           " rows of the codebook");
+    }
     if (!bias_any) return;
     SCRIMP_CHECK(bias_any->is_cpu() && bias_any->scalar_type() == dtype, op,
                  ": bias must be on the CPU and of the dtype of h");
@@ -63,12 +75,6 @@ struct VqTokens {
 };
 
 // h codebook^T [.., K] by the op `linear`, with all that it promises.
-inline Tensor code_scores(const Tensor& h, const Tensor& codebook) {
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(h), from(std::vector<Tensor>{codebook}), from(std::vector<std::optional<Tensor>>{}),
-                          from(std::optional<Tensor>{})};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("scrimp::linear", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
+inline Tensor code_scores(const Tensor& h, const Tensor& codebook) { return linear(h, {codebook}, {}, std::nullopt); }
 
 }  // namespace scrimp
