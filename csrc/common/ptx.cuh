@@ -37,6 +37,11 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Two numbers to shared memory at once, aligned to 8 bytes; nvcc may store the halves of a float2 one by one.
+__device__ __forceinline__ void store_two(float* to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(shared_address(to)), "f"(first), "f"(second) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit numbers: lane 8 m + r points to row r of matrix m (16 bytes, aligned). Register m then
 // holds numbers 2 (lane % 4) and the next of row lane / 4 of matrix m, or of its transpose.
 template <bool kTransposed = false>
