@@ -24,7 +24,8 @@ struct Int4Rows {
   int64_t rows, columns, block;
   int64_t limbs;     // signed bytes of an integer: 1 in int8 mode, 3 in exact mode where it pays, 0: there are values
   float* values;     // [chunk][row][128]
-  int8_t* integers;  // [limb, the highest first][chunk][row][128], of some columns first the even ones
+  int8_t* integers;  // [limb, the highest first][chunk][row][128], of 8 columns first the even ones; or, for one row,
+                     // [vector of codes][limb][its even columns, its odd columns]
   int64_t plane;     // bytes from limb to limb
   float* sums;       // [block][row]: of the integers or values
   float* scales;     // [block][row]: what an integer of 1 stands for

@@ -49,7 +49,7 @@ SCRIMP_INLINE Vec twice(Vec x) {
 // columns.
 template <bool Book, class Sums, int Vectors, int Limbs>
 SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* codes, int64_t bytes, const int8_t* x,
-                                     int64_t plane, const uint8_t* ahead) {
+                                     const uint8_t* ahead) {
   IntVec sums[Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Vectors; ++i) {
@@ -59,7 +59,7 @@ SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* c
       const BitsVec q = load_bits(codes + at), even = of.values(q), odd = of.values(q >> 4);
 #pragma GCC unroll 3
       for (int limb = 0; limb < Limbs; ++limb) {
-        const int8_t* from = x + limb * plane + 2 * at;
+        const int8_t* from = x + 2 * (i * Limbs + limb) * kPieceBytes;
         if (limb > 0) sums[i] = next_limb(sums[i]);
         IntVec part = Sums::start(sums[i]);
         part = Sums::add(part, even, (IntVec)load_bits(from));
@@ -74,8 +74,8 @@ SCRIMP_INLINE IntVec multiply_blocks(const ByteCodes<Book>& of, const uint8_t* c
 
 // The panel's outputs for one row.
 struct IntegersRowPanel {
-  const Int4Panel& p;
-  const Int4Rows& x = *p.x;
+  const Int4Panel p;  // copies, so that stores through other pointers cannot change them
+  const Int4Rows x = *p.x;
   const int64_t blocks = (x.columns + x.block - 1) / x.block;
   const int64_t groups = (x.columns + p.group - 1) / p.group;
   const int doublings = x.block < p.group ? (2 * x.block < p.group ? 2 : 1) : 0;  // from a block to a group
@@ -95,22 +95,9 @@ struct IntegersRowPanel {
     return with_type(p.scale_type, p.zeros, [&](auto* from) { return of_blocks(from, p.zeros_end, output, block); });
   }
 
-  // What kLanes blocks add to an output.
-  template <bool Book, class Sums, int Vectors, int Limbs>
-  SCRIMP_INLINE Vec terms(const ByteCodes<Book>& of, int64_t output, int64_t block) const {
-    constexpr int kStepBytes = Vectors * kPieceBytes;
-    const int64_t at = block * x.block / 2, bytes = x.columns / 2 - at, place = output * p.codes_stride + at;
-    const uint8_t* codes = p.codes + place;
-    uint8_t some[kStepBytes];
-    if (p.codes_end - codes < kStepBytes) [[unlikely]] {
-      memset(some, 0, kStepBytes);
-      memcpy(some, codes, bytes < kStepBytes ? bytes : kStepBytes);
-      codes = some;
-    }
-    const int64_t beyond = place + kAhead - p.outputs * p.codes_stride;
-    const uint8_t* ahead = beyond < 0 ? p.codes + place + kAhead : p.next + beyond;
-    const IntVec sums =
-        multiply_blocks<Book, Sums, Vectors, Limbs>(of, codes, bytes, x.integers + 2 * at, x.plane, ahead);
+  // What kLanes blocks whose sums of products are `sums` add to an output.
+  template <int Limbs>
+  SCRIMP_INLINE Vec terms(IntVec sums, int64_t output, int64_t block) const {
     const Vec dot = __builtin_convertvector(add(sums, (IntVec)load_bits(x.starts + block)), Vec);
     const Vec scale =
         with_type(p.scale_type, p.scales, [&](auto* from) { return of_blocks(from, p.scales_end, output, block); });
@@ -122,15 +109,37 @@ struct IntegersRowPanel {
     return term<Int4Zeros::offset>(dot, scale, zero, sum) * factor;
   }
 
+  // The terms of an output to to[kLanes blocks][.][block].
   template <bool Book, class Sums, int Vectors, int Limbs>
-  void run() const {
+  SCRIMP_INLINE void multiply(const ByteCodes<Book>& of, int64_t output, float* to) const {
+    constexpr int kStepBytes = Vectors * kPieceBytes;
+    const uint8_t* codes = p.codes + output * p.codes_stride;
+    const int64_t beyond = (output - p.outputs) * p.codes_stride + kAhead;
+    const uint8_t* ahead = beyond < 0 ? codes + kAhead : p.next + beyond;
+    const int8_t* integers = x.integers;
+    int64_t bytes = x.columns / 2;
+    for (int64_t block = 0; block < blocks; block += kLanes) {
+      const uint8_t* from = codes;
+      uint8_t some[kStepBytes];
+      if (p.codes_end - codes < kStepBytes) [[unlikely]] {
+        memset(some, 0, kStepBytes);
+        memcpy(some, codes, bytes < kStepBytes ? bytes : kStepBytes);
+        from = some;
+      }
+      const IntVec sums = multiply_blocks<Book, Sums, Vectors, Limbs>(of, from, bytes, integers, ahead);
+      store(to, terms<Limbs>(sums, output, block));
+      codes += kStepBytes, ahead += kStepBytes, bytes -= kStepBytes;
+      integers += 2 * Limbs * kStepBytes, to += kLanes * kLanes;
+    }
+  }
+
+  template <bool Book, class Sums, int Vectors, int Limbs>
+  SCRIMP_INLINE void run() const {
     const ByteCodes<Book> of{static_cast<const int8_t*>(p.codebook)};
     float* const at = p.scratch;  // [kLanes blocks][output][block]
     for (int64_t n = 0; n < p.outputs; n += kLanes) {
       for (int64_t i = 0; i < kLanes && n + i < p.outputs; ++i) {
-        for (int64_t block = 0; block < blocks; block += kLanes) {
-          store(at + (block + i) * kLanes, terms<Book, Sums, Vectors, Limbs>(of, n + i, block));
-        }
+        multiply<Book, Sums, Vectors, Limbs>(of, n + i, at + i * kLanes);
       }
       Vec total{};
       for (int64_t block = 0; block < blocks; block += kLanes) {
@@ -148,14 +157,14 @@ struct IntegersRowPanel {
   }
 
   template <bool Book, class Sums>
-  void run() const {
+  SCRIMP_INLINE void run() const {
     if (x.block == 128) return run<Book, Sums, 16, 1>();
     if (x.block == 64) return run<Book, Sums, 8, 1>();
     if (x.block == 32) return run<Book, Sums, 4, 1>();
     run<Book, Sums, 2, 1>();
   }
 
-  void run() const {
+  SCRIMP_INLINE void run() const {
     if (x.limbs == 3) return x.block == 32 ? run<false, NibbleSums, 4, 3>() : run<false, NibbleSums, 2, 3>();
     p.codebook ? run<true, WideSums>() : run<false, NibbleSums>();
   }

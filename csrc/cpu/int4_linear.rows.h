@@ -61,10 +61,11 @@ constexpr int kVectorColumns = 8 * kLanes;  // columns of a vector of codes
 // Whether x is packed for, and multiplied by, the loops of one row.
 SCRIMP_INLINE bool by_rows(const Int4Rows& x) { return x.limbs && x.rows == 1; }
 
-// x[begin, begin + columns) to integers, of each Span columns first the even ones; returns their sum, and their scale
-// in *scale.
+// x[begin, begin + columns) to integers: of each Span columns first the even ones, with `stride` bytes from one Span to
+// the next and `plane` bytes from limb to limb. Returns their sum, and their scale in *scale.
 template <int Limbs, int Span>
-int32_t quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, int64_t plane, float* scale) {
+int32_t quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, int64_t stride, int64_t plane,
+                 float* scale) {
   const Steps found = Limbs == 1 ? steps_of(x + begin, columns) : fine_steps_of(x + begin, columns);
   *scale = found.scale;
   if (!found.usable) return 0;
@@ -86,7 +87,7 @@ int32_t quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, int
       const PairHalf odd = __builtin_convertvector(pairs >> 8, PairHalf);
       constexpr int kRun = Span < kLanes ? Span : kLanes;
       for (int i = 0; i < kLanes; i += kRun) {
-        int8_t* const at = to + limb * plane + (k + i) / Span * Span + (k + i) % Span / 2;
+        int8_t* const at = to + limb * plane + (k + i) / Span * stride + (k + i) % Span / 2;
         memcpy(at, reinterpret_cast<const char*>(&even) + i / 2, kRun / 2);
         memcpy(at + Span / 2, reinterpret_cast<const char*>(&odd) + i / 2, kRun / 2);
       }
@@ -100,12 +101,13 @@ int32_t quantize(const float* x, int64_t begin, int64_t columns, int8_t* to, int
 
 SCRIMP_INLINE int32_t quantize(const Int4Rows& rows, const float* x, int64_t begin, int64_t columns, int8_t* to,
                                float* scale) {
+  constexpr int kSpan = kVectorColumns;
   if (rows.limbs == 1) {
-    if (by_rows(rows)) return quantize<1, kVectorColumns>(x, begin, columns, to, rows.plane, scale);
-    return quantize<1, 8>(x, begin, columns, to, rows.plane, scale);
+    if (by_rows(rows)) return quantize<1, kSpan>(x, begin, columns, to, kSpan, kSpan, scale);
+    return quantize<1, 8>(x, begin, columns, to, 8, rows.plane, scale);
   }
-  if (by_rows(rows)) return quantize<3, kVectorColumns>(x, begin, columns, to, rows.plane, scale);
-  return quantize<3, 8>(x, begin, columns, to, rows.plane, scale);
+  if (by_rows(rows)) return quantize<3, kSpan>(x, begin, columns, to, 3 * kSpan, kSpan, scale);
+  return quantize<3, 8>(x, begin, columns, to, 8, rows.plane, scale);
 }
 
 }  // namespace

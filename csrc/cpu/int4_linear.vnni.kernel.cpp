@@ -101,7 +101,8 @@ void int4_pack(const Int4Row& row) {
     const int64_t padded =
         (to.columns - column < to.block ? (to.columns - column + kLanes - 1) / kLanes * kLanes : to.block);
     if (to.limbs) {
-      const int32_t sum = quantize(to, x + chunk * kInt4Chunk, begin, padded, to.integers + at, to.scales + block);
+      int8_t* const integers = to.integers + (by_rows(to) ? at * to.limbs : at);
+      const int32_t sum = quantize(to, x + chunk * kInt4Chunk, begin, padded, integers, to.scales + block);
       to.sums[block] = static_cast<float>(sum);
       to.starts[block] = -to.center * sum;
     } else {
