@@ -12,6 +12,7 @@
 #include "common/float_dtype.h"
 #include "common/rows.h"
 #include "common/tensors.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -37,11 +38,10 @@ static void check(const Tensor& x, const Tensor& level, const OptionalTensor& sc
   SCRIMP_CHECK(same, "channel_select: whole must be bool, a number for each row of x ", shape_text(x));
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
-                                                                 const OptionalTensor& scale_any,
-                                                                 const OptionalTensor& center_any,
-                                                                 const OptionalTensor& whole_any, int64_t rule,
-                                                                 bool common) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
+                                                          const OptionalTensor& scale_any,
+                                                          const OptionalTensor& center_any,
+                                                          const OptionalTensor& whole_any, int64_t rule, bool common) {
   const std::optional<FloatType> type = float_type(x);
   SCRIMP_CHECK(type, "channel_select: x must be float32, bfloat16 or float16 on the CPU");
   check(x, level, scale_any, center_any, whole_any, rule);

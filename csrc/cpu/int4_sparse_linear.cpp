@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensors.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -134,7 +135,7 @@ class Int4Listed {
 
 // Rows [first, first + rows): x is packed once, then parts of the outputs are computed.
 static void multiply(const Int4SparseProblem& p, const Int4Listed& listed, const Rows& x_rows, int64_t first,
-                     int64_t rows, const void* codebook, const Tensor& out) {
+                     int64_t rows, const void* codebook, char* out, int64_t out_stride) {
   const int64_t tiles = (p.N + kInt4Tile - 1) / kInt4Tile, quads = listed.quads();
   const int64_t workers = worker_count(tiles, rows * p.N * quads / 2);
   const int64_t run = std::min(kRun, kSums / rows), turns = (p.N + workers * run - 1) / (workers * run);
@@ -192,22 +193,18 @@ static void multiply(const Int4SparseProblem& p, const Int4Listed& listed, const
             .kind = p.kind,
             .codebook = codebook,
             .bias = bias ? bias + n * size : nullptr,
-            .out = static_cast<char*>(out.data_ptr()) + (first * p.N + n) * size,
-            .out_stride = p.N,
+            .out = out + (first * out_stride + n) * size,
+            .out_stride = out_stride,
             .type = type,
             .sums = memory.at<float>(scratch) + 2 * worker * rows * width,
             .totals = memory.at<float>(scratch) + (2 * worker + 1) * rows * width});
   });
 }
 
-static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
-                                 const OptionalTensor& zeros, const OptionalTensor& codebook,
-                                 const OptionalTensor& permutation, const Tensor& index_any, const Tensor& count,
-                                 const OptionalTensor& bias, int64_t group_size, int64_t zero_kind, int64_t mode) {
-  SCRIMP_CHECK(0 <= zero_kind && zero_kind <= 3, "int4_sparse_linear: zero_kind=", zero_kind, " must be 0 to 3");
-  SCRIMP_CHECK(mode == 0 || mode == 1, "int4_sparse_linear: mode=", mode, " must be 0 or 1");
-  SCRIMP_CHECK(x.dim() > 0 && codes.dim() == 2 && scales.dim() == 2,
-               "int4_sparse_linear: x must be [.., inputs], codes [K, bytes], scales [groups, N]");
+void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& codes, const Tensor& scales,
+                           const OptionalTensor& zeros, const OptionalTensor& codebook,
+                           const OptionalTensor& permutation, const Tensor& index_any, const Tensor& count,
+                           const OptionalTensor& bias, int64_t group_size, int64_t zero_kind, int64_t mode) {
   const auto contiguous = [](const OptionalTensor& tensor) {
     return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
   };
@@ -238,16 +235,29 @@ static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Ten
     std::copy_n(static_cast<const int8_t*>(entries), 16, book);
     entries = book;
   }
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = p.N;
-  const Tensor out = cpu_empty(x, shape);
-  if (out.numel() == 0) return out;
-  const int64_t M = out.numel() / p.N;
+  if (out.numel() == 0) return;
+  const int64_t M = out.numel() / p.N, stride = out.dim() > 1 ? out.stride(out.dim() - 2) : p.N;
   const Int4Listed channels(p, static_cast<const int32_t*>(index.data_ptr()), listed);
   const Rows rows(x);
   for (int64_t row = 0; row < M; row += kInt4SparseRows) {
-    multiply(p, channels, rows, row, std::min(kInt4SparseRows, M - row), entries, out);
+    multiply(p, channels, rows, row, std::min(kInt4SparseRows, M - row), entries, static_cast<char*>(out.data_ptr()),
+             stride);
   }
+}
+
+static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                                 const OptionalTensor& zeros, const OptionalTensor& codebook,
+                                 const OptionalTensor& permutation, const Tensor& index, const Tensor& count,
+                                 const OptionalTensor& bias, int64_t group_size, int64_t zero_kind, int64_t mode) {
+  SCRIMP_CHECK(0 <= zero_kind && zero_kind <= 3, "int4_sparse_linear: zero_kind=", zero_kind, " must be 0 to 3");
+  SCRIMP_CHECK(mode == 0 || mode == 1, "int4_sparse_linear: mode=", mode, " must be 0 or 1");
+  SCRIMP_CHECK(x.dim() > 0 && codes.dim() == 2 && scales.dim() == 2,
+               "int4_sparse_linear: x must be [.., inputs], codes [K, bytes], scales [groups, N]");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = scales.size(1);
+  const Tensor out = cpu_empty(x, shape);
+  int4_sparse_linear_to(out, x, codes, scales, zeros, codebook, permutation, index, count, bias, group_size, zero_kind,
+                        mode);
   return out;
 }
 
