@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/float_dtype.h"
+#include "common/memory.h"
 #include "common/rows.h"
 #include "common/tensors.h"
 #include "cpu/ops.h"
@@ -75,20 +75,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const
   const SelectRule how = static_cast<SelectRule>(rule);
   const Rows from(x), to(kept);
   // One row of scores, and one of masks, for every row of x; behind them the mean score of a common choice.
-  const std::unique_ptr<float[]> scores(new float[(M + common) * K]);
-  const std::unique_ptr<int8_t[]> masks(new int8_t[M * K]);
+  Memory memory;
+  const int64_t scores_at = memory.reserve<float>((M + common) * K), masks_at = memory.reserve<int8_t>(M * K);
+  memory.allocate();
+  float* const scores = memory.at<float>(scores_at);
+  int8_t* const masks = memory.at<int8_t>(masks_at);
   const auto score = SCRIMP_KERNEL(channel_select_score);
   const auto keep = SCRIMP_KERNEL(channel_select_keep);
   const auto cut_of = SCRIMP_KERNEL(channel_select_cut);
-  float* mean = scores.get() + M * K;
+  float* mean = scores + M * K;
   const auto row = [&](int64_t m) -> SelectRow {
     return {.channels = K,
             .x = from.row(m),
             .scale = numbers(scale),
             .center = numbers(center),
-            .score = scores.get() + m * K,
-            .judged = common ? mean : scores.get() + m * K,
-            .mask = masks.get() + m * K,
+            .score = scores + m * K,
+            .judged = common ? mean : scores + m * K,
+            .mask = masks + m * K,
             .kept = to.row(m),
             .energy = static_cast<float*>(energy.data_ptr()) + 2 * m,
             .type = *type};
@@ -96,16 +99,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const
   const auto finish = [&](int64_t m, SelectCut cut) { keep(row(m), is_whole && is_whole[m] ? kSelectAll : cut); };
   if (common) {
     for_each_row(M, K, [&](int64_t m) { score(row(m)); });
-    SCRIMP_KERNEL(channel_select_mean)(mean, scores.get(), M, K);
+    SCRIMP_KERNEL(channel_select_mean)(mean, scores, M, K);
     const SelectCut cut = cut_of(mean, K, how, at);
     for_each_row(M, K, [&](int64_t m) { finish(m, cut); });
   } else {
     for_each_row(M, K, [&](int64_t m) {
       score(row(m));
-      finish(m, cut_of(scores.get() + m * K, K, how, at));
+      finish(m, cut_of(scores + m * K, K, how, at));
     });
   }
-  *listed = list_kernel(masks.get(), M, K, list);
+  *listed = list_kernel(masks, M, K, list);
   return {kept, index, count, energy};
 }
 

@@ -71,39 +71,57 @@ static Tensor heads_of(const Tensor& x, int64_t first, int64_t count, int64_t D)
   return as_strided(x, {x.size(0), T, count, D}, {T * N, N, D, 1}, first * D);
 }
 
-// x [B, T, K] -> [B, T, sum of the parts' outputs]; all parts dense, or all 4-bit.
-static Tensor apply(const Parts& parts, const Tensor& any, const std::optional<Tensor>& residual) {
-  Tensor x = any, index = any, count = any;
-  if (parts.is_sparse()) {
-    const auto* s = parts.selection;
-    std::tie(x, index, count, std::ignore) = channel_select(x, *s[0], s[1], s[2], std::nullopt, kRelativeRule, false);
-  } else if (parts.is_dense()) {
-    std::vector<Tensor> weights;
-    OptionalTensors biases;
-    for (int64_t i = 0; i < parts.count; ++i) {
-      weights.push_back(*parts.tensors[i * kTensors]);
-      biases.push_back(parts.tensors[i * kTensors + 1]);
-    }
-    return linear(x, weights, biases, residual);
+// The dense parts in full.
+static Tensor apply_dense(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual) {
+  std::vector<Tensor> weights;
+  OptionalTensors biases;
+  for (int64_t i = 0; i < parts.count; ++i) {
+    weights.push_back(*parts.tensors[i * kTensors]);
+    biases.push_back(parts.tensors[i * kTensors + 1]);
   }
-  int64_t N = 0;
-  for (int64_t i = 0; i < parts.count; ++i) N += parts.outputs(i);
-  Tensor out = cpu_empty(x, {x.size(0), x.size(1), N});
+  return linear(x, weights, biases, residual);
+}
+
+// The parts for the channels of x that matter, into out.
+static void apply_sparse(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual,
+                         const Tensor& out) {
+  const auto* s = parts.selection;
+  const auto [kept, index, count, energy] =
+      channel_select(x, *s[0], s[1], s[2], std::nullopt, kRelativeRule, /*common=*/false);
+  std::vector<Int4ChannelsOf> weights;
+  for (int64_t i = 0, first = 0; i < parts.count; ++i) {
+    const auto* t = parts.tensors + i * kTensors;
+    const auto* f = parts.formats + i * kFormat;
+    if (!t[0]) continue;
+    if (parts.is_dense()) {
+      const int64_t outputs = parts.outputs(i);
+      sparse_linear_to(slice(out, first, outputs), kept, *t[0], index, count, t[1], residual);
+      first += outputs;
+    } else {
+      weights.push_back({*t[0], *t[2], t[3], t[4], t[5], t[1], f[0], f[1], f[2]});
+    }
+  }
+  if (!parts.is_dense()) int4_sparse_linear_to(out, kept, weights, index, count);
+}
+
+// The 4-bit parts in full, into out.
+static void apply_int4(const Parts& parts, const Tensor& x, const Tensor& out) {
   for (int64_t i = 0, first = 0; i < parts.count; ++i) {
     const auto* t = parts.tensors + i * kTensors;
     const auto* f = parts.formats + i * kFormat;
     const int64_t outputs = parts.outputs(i);
-    if (!t[0]) continue;
-    const Tensor to = slice(out, first, outputs);
-    if (!parts.is_sparse()) {
-      int4_linear_to(to, x, *t[0], *t[2], t[3], t[4], t[5], t[1], f[0], f[1], f[2]);
-    } else if (parts.is_dense()) {
-      sparse_linear_to(to, x, *t[0], index, count, t[1], residual);
-    } else {
-      int4_sparse_linear_to(to, x, *t[0], *t[2], t[3], t[4], t[5], index, count, t[1], f[0], f[1], f[2]);
-    }
+    int4_linear_to(slice(out, first, outputs), x, *t[0], *t[2], t[3], t[4], t[5], t[1], f[0], f[1], f[2]);
     first += outputs;
   }
+}
+
+// x [B, T, K] -> [B, T, sum of the parts' outputs]; all parts dense, or all 4-bit.
+static Tensor apply(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual) {
+  if (parts.is_dense() && !parts.is_sparse()) return apply_dense(parts, x, residual);
+  int64_t N = 0;
+  for (int64_t i = 0; i < parts.count; ++i) N += parts.outputs(i);
+  Tensor out = cpu_empty(x, {x.size(0), x.size(1), N});
+  parts.is_sparse() ? apply_sparse(parts, x, residual, out) : apply_int4(parts, x, out);
   if (residual && !parts.is_dense()) add(out, *residual);
   return out;
 }

@@ -30,10 +30,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const
 // `out` as that of int4_linear_to.
 void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& index,
                       const Tensor& count, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
-void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& codes, const Tensor& scales,
-                           const std::optional<Tensor>& zeros, const std::optional<Tensor>& codebook,
-                           const std::optional<Tensor>& permutation, const Tensor& index, const Tensor& count,
-                           const std::optional<Tensor>& bias, int64_t group_size, int64_t zero_kind, int64_t mode);
+// A 4-bit weight as int4_sparse_linear takes it.
+struct Int4ChannelsOf {
+  const Tensor &codes, &scales;
+  const std::optional<Tensor>&zeros, &codebook, &permutation, &bias;
+  int64_t group_size, zero_kind, mode;
+};
+// out: contiguous [.., N of all weights], their results side by side.
+void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const std::vector<Int4ChannelsOf>& weights,
+                           const Tensor& index, const Tensor& count);
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                           const Tensor& prefix, const std::optional<Tensor>& ancestors, int64_t window,
                                           double scale);

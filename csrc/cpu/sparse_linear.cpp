@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "common/channel_list.h"
 #include "common/float_dtype.h"
+#include "common/memory.h"
 #include "common/rows.h"
 #include "common/tensors.h"
 #include "cpu/ops.h"
@@ -60,8 +60,11 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
   const int64_t turns = (N + workers * run - 1) / (workers * run);
   const int64_t share = (N + workers * turns - 1) / (workers * turns);
   const int64_t width = (share + 63) / 64 * 64, items = (N + width - 1) / width;
-  const std::unique_ptr<float[]> packed(new float[rows_most * listed]);
-  const std::unique_ptr<float[]> sums(new float[2 * workers * rows_most * width]);
+  Memory memory;
+  const int64_t packed_at = memory.reserve<float>(rows_most * listed);
+  const int64_t sums_at = memory.reserve<float>(2 * workers * rows_most * width);
+  memory.allocate();
+  float *packed = memory.at<float>(packed_at), *sums = memory.at<float>(sums_at);
   const auto kernel = SCRIMP_KERNEL(sparse_linear);
   for (int64_t first = 0; first < M; first += kSparseRows) {
     const int64_t rows = std::min(kSparseRows, M - first);
@@ -72,13 +75,13 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
     }
     const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
     SCRIMP_KERNEL(sparse_linear_pack)
-    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed.get(), .type = type});
+    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed, .type = type});
     for_each_item(items, workers, [&](int64_t item, int64_t worker) {
       const int64_t n = item * width;
       kernel({.rows = rows,
               .listed = listed,
               .outputs = std::min(width, N - n),
-              .packed = packed.get(),
+              .packed = packed,
               .index = list,
               .weight = static_cast<const char*>(weight.data_ptr()) + n * size,
               .weight_stride = weight.stride(0),
@@ -87,8 +90,8 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
               .residual_offset = n,
               .out = static_cast<char*>(out.data_ptr()) + (first * stride + n) * size,
               .out_stride = stride,
-              .part = sums.get() + 2 * worker * rows_most * width,
-              .total = sums.get() + (2 * worker + 1) * rows_most * width,
+              .part = sums + 2 * worker * rows_most * width,
+              .total = sums + (2 * worker + 1) * rows_most * width,
               .type = type});
     });
   }
