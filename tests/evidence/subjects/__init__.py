@@ -12,6 +12,7 @@ from .rms_norm import SUBJECT as rms_norm
 from .rotary_append import SUBJECT as rotary_append
 from .silu_mul import SUBJECT as silu_mul
 from .sparse_attention import SUBJECT as sparse_attention
+from .sparse_linear import SUBJECT as sparse_linear
 from .subject import Case, Mutant, Subject, pairwise
 from .tree_accept import SUBJECT as tree_accept
 from .tree_attention import SUBJECT as tree_attention
@@ -23,8 +24,8 @@ SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
         channel_select, codebook_topk, exact_head, gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm,
-        rotary_append, silu_mul, sparse_attention, tree_accept, tree_attention, vertical_slash_index, vq_logits,
-        vq_sample,
+        rotary_append, silu_mul, sparse_attention, sparse_linear, tree_accept, tree_attention, vertical_slash_index,
+        vq_logits, vq_sample,
     )
 }  # fmt: skip
 
