@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/codebook_topk.h"
 #include "common/float_dtype.h"
 #include "common/rows.h"
 #include "common/tensors.h"
@@ -36,23 +37,7 @@ static void check(const Tensor& x, const Tensor& codebook, const std::optional<T
   SCRIMP_CHECK(float_type(x), "codebook_topk: x must be float32, bfloat16 or float16 on the CPU");
   SCRIMP_CHECK(x.is_cpu() && codebook.is_cpu() && (!bias || bias->is_cpu()),
                "codebook_topk: x, codebook and bias must be on the CPU");
-  SCRIMP_CHECK(x.scalar_type() == codebook.scalar_type(), "codebook_topk: x and codebook differ in dtype");
-  const int64_t dims = codebook.dim();
-  SCRIMP_CHECK(dims == 2 || (dims == 3 && codebook.size(0) > 0), "codebook_topk: codebook has shape ",
-               shape_text(codebook), ", expected [C, D] or [G, C, D]");
-  const int64_t G = dims == 3 ? codebook.size(0) : 1, C = codebook.size(dims - 2), D = codebook.size(dims - 1);
-  SCRIMP_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == G * D, "codebook_topk: codebook ", shape_text(codebook),
-               " does not fit x ", shape_text(x));
-  SCRIMP_CHECK(D <= 1 || codebook.stride(dims - 1) == 1,
-               "codebook_topk: the elements of a code must be adjacent in codebook");
-  SCRIMP_CHECK(k >= 1 && k <= std::min(C, kCodebookMost), "codebook_topk: k=", k, " must be from 1 to the ", C,
-               " codes of a codebook, and at most ", kCodebookMost);
-  SCRIMP_CHECK(C <= INT32_MAX, "codebook_topk: ", C, " codes are more than int32 can number");
-  if (!bias) return;
-  bool same = bias->scalar_type() == ScalarType::Float && bias->dim() == dims - 1;
-  for (int64_t i = 0; same && i + 1 < dims; ++i) same = bias->size(i) == codebook.size(i);
-  SCRIMP_CHECK(same, "codebook_topk: bias ", shape_text(*bias), " must be float32, a number for each code of ",
-               shape_text(codebook));
+  check_codebook_topk(x, codebook, bias, k);
 }
 
 // How many rows, and codes, an item has.

@@ -8,7 +8,6 @@
 
 namespace scrimp {
 
-constexpr int64_t kCodebookMost = 64;   // codes of a row
 constexpr int64_t kCodebookPanel = 32;  // the codes that an instruction set scores at once are a divisor of it
 
 // Finds the best k of some codes of one codebook, for some rows.
