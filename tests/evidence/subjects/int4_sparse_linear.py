@@ -80,11 +80,11 @@ EMULATED = named([
 INTERPRETED = named([
     tuple(row.values())
     for row in pairwise(
-        rows=[3, 70], outputs=[130], K=[384], group_size=[16, 64, 128, 384],
+        rows=[3, 34], outputs=[130], K=[256], group_size=[16, 64, 128, 256],
         kind=["none8", "uint8", "float", "offset", "codebook", "codebook8"], mode=["exact"], dtype=[HALF, SINGLE],
         chosen=["half", "few", "none"], permuted=[False, True], bias=[False, True],
     ) + pairwise(
-        rows=[3, 70], outputs=[130], K=[384], group_size=[32, 384],
+        rows=[3, 70], outputs=[130], K=[192], group_size=[32, 192],
         kind=["none8", "uint8", "float", "offset", "codebook8"], mode=["int8"], dtype=[HALF, SINGLE],
         chosen=["half", "few"], permuted=[False, True], bias=[True],
     )
