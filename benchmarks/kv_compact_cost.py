@@ -8,16 +8,23 @@ from scrimp.kernels.kv_compact import launches
 from torch import Tensor
 
 from .kv_compact import CAPACITY, MODELS, PATHS
-from .roofline import Count, CountedCase
+from .roofline import Against, Count, CountedCase
 
 
 def count(cache: Tensor, start: Tensor, path: Tensor) -> Count:
     """Of one call; start and path have values."""
     made = launches(cache, start, path)[1]
-    if not made:
-        return Count(0, 0)
+    return _count(cache, start, path, made[0].constants["BLOCK_T"]) if made else Count(0, 0)
+
+
+def count_cuda(cache: Tensor, start: Tensor, path: Tensor) -> Count:
+    """The same of the kernel in CUDA C++, which reads 32 rows of a path at once."""
+    return _count(cache, start, path, 32)
+
+
+def _count(cache: Tensor, start: Tensor, path: Tensor, tile: int) -> Count:
     L, B, G, capacity, D = cache.shape
-    tile, moved, touched, read = made[0].constants["BLOCK_T"], 0, 0, 0
+    moved, touched, read = 0, 0, 0
     for first, rows in zip(start.tolist(), path.tolist(), strict=True):
         kept = rows.index(-1) if -1 in rows else len(rows)
         moves = [(row, i) for i, row in enumerate(rows[:kept]) if row > i and 0 <= first < capacity - row]
@@ -26,6 +33,13 @@ def count(cache: Tensor, start: Tensor, path: Tensor) -> Count:
         read += min(kept // tile * tile + tile, len(rows))
     row, looked_up = L * G * D * cache.element_size(), 4 * (read + B)
     return Count(bytes=moved * row + L * G * looked_up, unique_bytes=touched * row + looked_up)
+
+
+def _against_cuda() -> dict[str, tuple[Count, Count]]:
+    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in _cases() if case.dtype == "bf16"}
+
+
+AGAINST: Against = {"cuda-c++": _against_cuda}
 
 
 def cases() -> list[CountedCase]:

@@ -7,30 +7,42 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from scrimp.kernels.launch import cdiv
 from scrimp.kernels.tree_accept import launches
 from torch import Tensor
 
-from .roofline import Count, CountedCase
+from .roofline import Against, Count, CountedCase
 from .tree_accept import STEPS, VOCABULARY
-
-BEST = 12  # bytes of a chunk's choice: fp64 and int32
 
 
 def count(*flat: Tensor) -> Count:
     """Of one call whose walks take `STEPS` rows; every program climbs half of them to find its depth."""
-    logits, tokens = flat[:2]
     made = launches(*flat)[1]
-    if not made:
-        return Count(0, 0)
-    (B, T, V), chunks = logits.shape, made[0].grid[0]
+    return _count(flat[0], made[0].grid[0], best=12) if made else Count(0, 0)  # a choice is fp64 and int32
+
+
+def count_cuda(*flat: Tensor) -> Count:
+    """The same of the kernels in CUDA C++: chunks of 4096 tokens, of which one thread climbs."""
+    return _count(flat[0], cdiv(flat[0].shape[2], 4096), best=16)
+
+
+def _count(logits: Tensor, chunks: int, best: int) -> Count:
+    B, T, V = logits.shape
     walked, tree = B * min(STEPS, T), 12 * B * T
     read = B * T * V * logits.element_size()
-    choices = (B * T + walked) * chunks * BEST
+    choices = (B * T + walked) * chunks * best
     looked_up = B * T * chunks * (4 * min(STEPS, T) // 2 + 20)
     return Count(
         bytes=read + choices + looked_up + walked * tree + tree,
-        unique_bytes=read + B * T * chunks * BEST + 2 * tree + tokens.shape[0] * 20,
+        unique_bytes=read + B * T * chunks * best + 2 * tree + B * 20,
     )
+
+
+def _against_cuda() -> dict[str, tuple[Count, Count]]:
+    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in _cases() if case.dtype == "bf16"}
+
+
+AGAINST: Against = {"cuda-c++": _against_cuda}
 
 
 def cases() -> list[CountedCase]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ from scrimp.kernels.launch import Launch, cdiv
 from scrimp.kernels.tree_attention import launches
 from torch import Tensor
 
-from .roofline import Count, CountedCase
+from .roofline import Against, Count, CountedCase
 from .tree_attention import MODELS, tree
 
 
@@ -45,6 +47,13 @@ def programs(launch: Launch, cached: int, paths: list[int]) -> Iterator[Program]
             yield from program(tile // group, min(block_m, T * group - tile), begin, begin + split)
 
 
+def _words(ancestors: Tensor | None, b: int, T: int) -> list[int]:
+    """The new rows that each new row of sequence `b` sees, as bits."""
+    if ancestors is None:
+        return [(1 << t + 1) - 1 for t in range(T)]
+    return [word & (1 << T) - 1 for word in ancestors[min(b, len(ancestors) - 1)].tolist()]
+
+
 def count(
     q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, ancestors: Tensor | None, window: int, scale: float
 ) -> Count:
@@ -58,16 +67,12 @@ def count(
     row, key = D * size, 2 * D * size
     moved = touched = steps = states = pairs = merged = 0
     for b, cached in enumerate(prefix.tolist()):
-        words = [(1 << t + 1) - 1 for t in range(T)]
-        if ancestors is not None:
-            words = [word & (1 << T) - 1 for word in ancestors[min(b, len(ancestors) - 1)].tolist()]
+        words = _words(ancestors, b, T)
         paths = [word.bit_count() for word in words]
         for program in programs(attend, cached, paths):
             moved += G * (program.rows * (row + 8 + 4 * D) + program.keys * key)
             steps += G * program.steps
-        seen_by_all = 0
-        for word in words:
-            seen_by_all |= word
+        seen_by_all = functools.reduce(operator.or_, words)
         first = [max(cached + t + 1 - window, 0) if window else 0 for t in range(T)]
         touched += G * key * (cached + seen_by_all.bit_count() - min(first))
         pairs += H * sum(cached + path - low for path, low in zip(paths, first, strict=True))
@@ -88,6 +93,49 @@ def count(
         exps=steps * block_m * (block_n + 1) + merged * weighed,
         resident_bytes=B * G * split * key,
     )
+
+
+def count_cuda(
+    q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, ancestors: Tensor | None, window: int, scale: float
+) -> Count:
+    """The same of the kernels in CUDA C++: blocks of 16 keys in units of 128 and splits of 512, 32 rows at a time."""
+    (B, H, T, D), G = q.shape, k.shape[1]
+    group = H // G
+    key, state, row = 4 * D, 4 * D + 8, 2 * D
+    moved = states = keys = touched = products = pairs = exps = 0
+    for b, cached in enumerate(prefix.tolist()):
+        paths = [word.bit_count() for word in _words(ancestors, b, T)]
+        whole, last = cached // 16 * 16, cached // 16 * 16 // 512
+        units = cdiv(whole % 512, 128)
+        keys += G * cdiv(T * group, 32) * whole
+        moved += H * T * row * cdiv(whole, 512)
+        products += G * cdiv(T * group, 16) * whole // 16 * 2
+        exps += G * cdiv(T * group, 16) * whole // 16 * 320
+        states += H * T * (last + units)
+        for path in paths:
+            tail = cached - whole + path
+            keys += G * tail
+            # Each of four warps multiplies all heads with the keys, and its part of the values.
+            products += G * cdiv(group, 16) * cdiv(tail, 16) * 5
+            exps += G * cdiv(group, 16) * cdiv(tail, 16) * 4 * 320
+        touched += G * (cached + functools.reduce(operator.or_, _words(ancestors, b, T)).bit_count())
+        pairs += H * sum(cached + path for path in paths)
+    results = B * H * T * (row + 4)
+    return Count(
+        bytes=keys * key + moved + 2 * states * state + B * H * T * row + results,
+        unique_bytes=touched * key + B * H * T * row + 2 * states * state + results,
+        flops_issued=2 * 16 * 16 * D * products,
+        flops_useful=4 * D * pairs,
+        exps=exps,
+        resident_bytes=B * G * 512 * key,
+    )
+
+
+def _against_cuda() -> dict[str, tuple[Count, Count]]:
+    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in _cases()}
+
+
+AGAINST: Against = {"cuda-c++": _against_cuda}
 
 
 def cases() -> list[CountedCase]:

@@ -13,6 +13,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// (word & mask) | bits in one instruction, which the compiler makes two of where both are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 // Starts to copy 16 bytes from global to shared memory, both aligned to 16; zeros where not `inside`, where `from` is
 // not read. They are there behind a wait of the thread that copies, for others behind a barrier after it.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside = true) {
@@ -28,6 +35,11 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kGroups>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Two numbers to shared memory at once, aligned to 8 bytes; nvcc may store the halves of a float2 one by one.
+__device__ __forceinline__ void store_two(float* to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(shared_address(to)), "f"(first), "f"(second) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit numbers: lane 8 m + r points to row r of matrix m (16 bytes, aligned). Register m then

@@ -5,47 +5,29 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <new>
 #include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "common/tree_attention.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
 
 using torch::headeronly::ScalarType;
 
-static void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix,
-                          const std::optional<Tensor>& ancestors) {
-  for (const auto& [name, tensor] : {std::pair{"q", &q}, {"k_cache", &k}, {"v_cache", &v}}) {
-    SCRIMP_CHECK(tensor->dim() == 4, "tree_attention: ", name, " must be [B, H, N, D], got ", shape_text(*tensor));
-    const auto dtype = tensor->scalar_type();
-    SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "tree_attention: ", name,
-                 " must be float32 or bfloat16 on the CPU");
-    SCRIMP_CHECK(dtype == q.scalar_type(), "tree_attention: ", name, " and q differ in dtype");
-    SCRIMP_CHECK(tensor->is_cpu(), "tree_attention: ", name, " must be on the CPU");
-  }
-  const int64_t B = q.size(0), H = q.size(1), T = q.size(2), G = k.size(1);
-  for (int i = 0; i < 4; ++i)
-    SCRIMP_CHECK(k.size(i) == v.size(i) && (i == 1 || i == 2 || k.size(i) == q.size(i)), "tree_attention: shapes q ",
-                 shape_text(q), ", k_cache ", shape_text(k), ", v_cache ", shape_text(v), " do not fit together");
-  SCRIMP_CHECK(G == 0 ? H == 0 : H % G == 0, "tree_attention: ", H, " query heads are not a multiple of ", G,
-               " key/value heads");
+static void check_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix,
+                      const std::optional<Tensor>& ancestors) {
+  for (const Tensor* tensor : {&q, &k, &v, &prefix, ancestors ? &*ancestors : &q})
+    SCRIMP_CHECK(tensor->is_cpu(), "tree_attention: all tensors must be on the CPU");
+  const auto dtype = q.scalar_type();
+  SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+               "tree_attention: q must be float32 or bfloat16 on the CPU");
   SCRIMP_CHECK(q.size(3) <= 256, "tree_attention: head size D=", q.size(3), " is above 256");
-  SCRIMP_CHECK(T <= 64, "tree_attention: T=", T, " new rows are more than 64");
-  SCRIMP_CHECK(prefix.scalar_type() == ScalarType::Int && prefix.is_cpu() && prefix.dim() == 1 && prefix.size(0) == B,
-               "tree_attention: prefix must be int32 [", B, "] on the CPU, got ", shape_text(prefix));
-  if (!ancestors) return;
-  SCRIMP_CHECK(ancestors->scalar_type() == ScalarType::Long && ancestors->is_cpu() && ancestors->dim() == 2 &&
-                   (ancestors->size(0) == 1 || ancestors->size(0) == B) && ancestors->size(1) == T,
-               "tree_attention: ancestors must be int64 [1 or ", B, ", ", T, "] on the CPU, got ",
-               shape_text(*ancestors));
 }
 
 static void check_prefix(const int32_t* prefix, int64_t B, int64_t T, int64_t capacity) {
@@ -95,11 +77,8 @@ static std::vector<Group> find_groups(const int32_t* prefix, int64_t B, int64_t 
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                           const Tensor& prefix_any, const std::optional<Tensor>& ancestors_any,
                                           int64_t window, double scale) {
-  check_tensors(q_any, k_any, v_any, prefix_any, ancestors_any);
-  SCRIMP_CHECK(window >= 0, "tree_attention: window=", window, " must not be negative");
-  SCRIMP_CHECK(window == 0 || !ancestors_any, "tree_attention: window=", window,
-               " goes with the chain only, not with ancestors");
-  SCRIMP_CHECK(std::isfinite(scale), "tree_attention: scale=", scale, " must be finite");
+  check_tree_attention(q_any, k_any, v_any, prefix_any, ancestors_any, window, scale);
+  check_cpu(q_any, k_any, v_any, prefix_any, ancestors_any);
   const int64_t B = q_any.size(0), H = q_any.size(1), T = q_any.size(2), D = q_any.size(3), G = k_any.size(1);
   const Tensor prefixes = as_contiguous(prefix_any);
   const auto* prefix = static_cast<const int32_t*>(prefixes.data_ptr());

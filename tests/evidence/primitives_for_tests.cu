@@ -53,9 +53,13 @@ template __global__ void products<__half>(const uint16_t*, const uint16_t*, floa
 template __global__ void products<__nv_bfloat16>(const uint16_t*, const uint16_t*, float*);
 
 template <class T>
-__global__ void numbers(const float* x, uint32_t* packed, float* powers) {
+__global__ void numbers(const float* x, uint32_t* packed, float* powers, float* pairs) {
+  __shared__ alignas(8) float kept[64];
+  ptx::store_two(&kept[2 * threadIdx.x], x[2 * threadIdx.x + 1], x[2 * threadIdx.x]);
+  pairs[2 * threadIdx.x] = kept[2 * threadIdx.x];
+  pairs[2 * threadIdx.x + 1] = kept[2 * threadIdx.x + 1];
   packed[threadIdx.x] = ptx::pack<T>(x[2 * threadIdx.x], x[2 * threadIdx.x + 1]);
   powers[threadIdx.x] = ptx::exp2_approximate(x[threadIdx.x]);
 }
-template __global__ void numbers<__half>(const float*, uint32_t*, float*);
-template __global__ void numbers<__nv_bfloat16>(const float*, uint32_t*, float*);
+template __global__ void numbers<__half>(const float*, uint32_t*, float*, float*);
+template __global__ void numbers<__nv_bfloat16>(const float*, uint32_t*, float*, float*);

@@ -64,7 +64,9 @@ def test_numbers(module: ptx.Module, name: str) -> None:
     """The first number of a pair lies in the low half, both rounded to nearest; powers of what is far below are 0."""
     x, packed, powers = 20 * torch.randn(64), torch.zeros(64, dtype=TYPES[name]), torch.zeros(32)
     x[:2] = torch.tensor([-torch.inf, -140.0])
-    module.launch(f"numbersI{name}E", 1, 32, {"x": x, "packed": packed, "powers": powers})
+    pairs = torch.zeros(64)
+    module.launch(f"numbersI{name}E", 1, 32, {"x": x, "packed": packed, "powers": powers, "pairs": pairs})
+    assert torch.equal(pairs.view(32, 2), x.view(32, 2).flip(1))
     assert torch.equal(packed, x.to(TYPES[name]))
     assert powers[:2].tolist() == [0, 0]
     torch.testing.assert_close(powers[2:], torch.exp2(x[2:32].double()).float(), rtol=2**-22, atol=0)

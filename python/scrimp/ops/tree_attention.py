@@ -95,7 +95,27 @@ def reference(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-_call = register("tree_attention", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix: Tensor,
+    ancestors: Tensor | None,
+    window: int,
+    scale: float,
+) -> bool:
+    """Heads of 64 or 128 numbers in 16 bits, rows at multiples of 16 bytes, no window; and what is to be refused."""
+    tensors = (q, k_cache, v_cache)
+    if any(x.dim() != 4 for x in tensors):
+        return True
+    served = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128) and window == 0
+    return served and all(
+        x.data_ptr() % 16 == 0 and x.stride(3) == 1 and not any(stride % 8 for stride in x.stride()[:3])
+        for x in tensors
+    )
+
+
+_call = register(OP, SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def tree_attention(

@@ -4,6 +4,7 @@ import functools
 
 import torch
 from mutations import Change, nth
+from scrimp.benchmarks.kv_compact_cost import count_cuda
 from subjects.kv_compact import PATHS, check, filled, make, wild
 from subjects.subject import Case, Flat, Mutant, pairwise
 
@@ -48,15 +49,6 @@ def shifted(args: Flat) -> Flat:
     cache = filled((*args[0].shape[:4], args[0].shape[4] + 1), args[0].dtype)[..., 1:]
     cache.copy_(args[0])
     return cache, *args[1:]
-
-
-def least_bytes(args: Flat) -> int:
-    """Every row that moves, read and written in each head of each layer; starts and paths for each of them."""
-    (L, _, G, _, D), size, rows = args[0].shape, args[0].element_size(), args[2].tolist()
-    kept = [row[: row.index(-1)] if -1 in row else row for row in rows]
-    moved = sum(row != i for some in kept for i, row in enumerate(some))
-    looked_up = sum(4 + 4 * min(-(-(len(some) + 1) // 32) * 32, len(row)) for some, row in zip(kept, rows, strict=True))
-    return L * G * (2 * moved * D * size + looked_up)
 
 
 def nothing(*shape: int, rows: int = 3) -> Flat:
@@ -134,7 +126,7 @@ SUBJECT = CudaSubject(
     warp_cases=[*list(CASES)[:2], "outside", OVERLAPPING],
     check=check,
     reference_launch=OVERLAPPING,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: count_cuda(*args).bytes,
     mutant_case="outside",
     mutants=MUTANTS,
     idle={
