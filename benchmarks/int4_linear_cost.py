@@ -12,7 +12,7 @@ from scrimp.kernels.int4_linear import launches
 from scrimp.kernels.launch import Launch, cdiv
 from torch import Tensor
 
-from .roofline import Count, CountedCase
+from .roofline import Against, Count, CountedCase
 
 # name: outputs, inputs; matrices of an 8B and of a 70B model
 SHAPES = {"o": (4096, 4096), "up": (14336, 4096), "large": (28672, 8192)}
@@ -30,15 +30,19 @@ def count(*flat: Any) -> Count:
     x, qweight, scales, zeros, codebook, permutation, bias = flat[:7]
     total = Count(0, size(qweight, scales, zeros, codebook, permutation, bias, out))
     for launch in made:
-        args = launch.args
         if launch.kernel.__name__ == "int4_linear_inputs_kernel":
-            written = size(args["made"], args["scale"])
-            index = 0 if permutation is None else args["M"] * size(permutation)
-            read = args["M"] * args["K"] * x.element_size()
-            total += Count(read + index + written, size(x) + written)
+            total += prepared(launch)
         else:
             total += products(launch, 0 if len(made) > 1 else size(x))
     return total
+
+
+def prepared(launch: Launch) -> Count:
+    """Of the kernel that makes inputs; those of an index are counted where it is read once."""
+    args = launch.args
+    written = size(args["made"], args["scale"])
+    index = 0 if args["permutation"] is None else args["M"] * size(args["permutation"])
+    return Count(args["M"] * args["K"] * args["x"].element_size() + index + written, size(args["x"]) + written)
 
 
 def products(launch: Launch, inputs: int) -> Count:
@@ -66,9 +70,10 @@ def products(launch: Launch, inputs: int) -> Count:
 
 def cuda_tile(M: int, N: int, codebook: bool) -> tuple[int, int]:
     """Outputs and rows of a tile of the kernel in CUDA C++."""
-    if M <= 4:
+    wide = N >= 8192
+    if M <= 4 and not wide:
         return 16, 8
-    return (64, 32) if not codebook and (M > 16 or (M > 8 and N >= 8192)) else (32, 16)
+    return (64, 32) if not codebook and (M > 16 or (M > 8 and wide)) else (32, 16)
 
 
 def cuda_count(*flat: Any) -> Count:
@@ -84,8 +89,16 @@ def cuda_count(*flat: Any) -> Count:
         unique_bytes=size(x, qweight, scales, zeros, codebook, bias) + out,
         flops_issued=2 * 16 * 8 * 16 * products,
         flops_useful=2 * M * N * K,
-        resident_bytes=size(x) if across == 1 else size(x, qweight),
+        resident_bytes=size(x),  # tiles that share codes run at the same time
     )
+
+
+def shaped(M: int, N: int, K: int) -> tuple[Any, ...]:
+    """The op's arguments on the meta device: groups of 128 without zeros, bf16."""
+    x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+    qweight = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
+    scales = torch.empty(N, K // 128, dtype=torch.float16, device="meta")
+    return x, qweight, scales, None, None, None, None, 128, 0, 0
 
 
 def cases() -> list[CountedCase]:
@@ -96,13 +109,23 @@ def cases() -> list[CountedCase]:
 def _cases() -> Iterator[CountedCase]:
     for name, (N, K) in SHAPES.items():
         for M in ROWS:
-            x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
-            qweight = torch.empty(N, K // 2, dtype=torch.uint8, device="meta")
-            scales = torch.empty(N, K // 128, dtype=torch.float16, device="meta")
-            flat = (x, qweight, scales, None, None, None, None, 128, 0, 0)
-            fields = {"m": M, "n": N, "k": K, "group_size": 128, "mode": "exact"}
+            flat, fields = shaped(M, N, K), {"m": M, "n": N, "k": K, "group_size": 128, "mode": "exact"}
             if M <= CUDA_ROWS:
-                yield CountedCase(
-                    f"{name}-{M}-c++", "bf16", partial(cuda_count, *flat), fields | {"kernel": "CUDA C++"}
-                )
+                ours = partial(cuda_count, *flat)
+                yield CountedCase(f"{name}-{M}-c++", "bf16", ours, fields | {"kernel": "CUDA C++"})
             yield CountedCase(f"{name}-{M}", "bf16", partial(count, *flat), fields | {"kernel": "Triton"})
+
+
+def beside_16_bits() -> dict[str, tuple[Count, Count]]:
+    """The kernel in CUDA C++, and a product with the same weight in 16 bits that moves and multiplies nothing twice."""
+    found = {}
+    for name, (N, K) in SHAPES.items():
+        for M in ROWS:
+            moved, flops = 2 * (N * K + M * (N + K)), 2 * M * N * K
+            if M <= CUDA_ROWS:
+                dense = Count(bytes=moved, unique_bytes=moved, flops_issued=flops, flops_useful=flops)
+                found[f"{name}-{M}"] = cuda_count(*shaped(M, N, K)), dense
+    return found
+
+
+AGAINST: dict[str, Against] = {"16-bit": beside_16_bits}

@@ -307,22 +307,8 @@ def launches(
     x_scale = None
     ordered = scaled or permutation is not None or not whole or M > ROWS_AS_THEY_ARE
     if ordered:
-        inputs = x.new_empty(parts, M, blocks * block, dtype=torch.float16 if scaled else x.dtype)
-        x_scale = x.new_empty(blocks, M, dtype=torch.float32) if scaled else None
-        made.append(
-            Launch(
-                int4_linear_inputs_kernel,
-                grid=(M * cdiv(blocks, BLOCKS_OF_INPUTS), 1, 1),
-                args={
-                    "x": rows, "permutation": permutation, "made": inputs, "scale": x_scale,
-                    "x_m": rows.stride(0), "M": M, "K": K, "blocks": blocks,
-                },
-                constants={
-                    "MODE": mode, "BLOCK": block, "BLOCKS": BLOCKS_OF_INPUTS, "PARTS": parts, "WHOLE": whole,
-                },
-                num_warps=4,
-            )
-        )  # fmt: skip
+        make, inputs, x_scale = made_inputs(rows, permutation, K, block, mode, parts, scaled)
+        made.append(make)
     else:
         inputs = rows[None]
     slices = SLICES if mode == EXACT and M <= ROWS_INVARIANT else 1
@@ -348,3 +334,25 @@ def launches(
         num_stages=chosen["num_stages"],
     )  # fmt: skip
     return out, [*made, launch]
+
+
+def made_inputs(
+    x: Tensor, permutation: Tensor | None, K: int, block: int, mode: int, parts: int, scaled: bool
+) -> tuple[Launch, Tensor, Tensor | None]:
+    """What makes `[parts, M, K rounded up to blocks]` of rows, and scales `[blocks, M]` if they are scaled; both."""
+    M, blocks = len(x), cdiv(K, block)
+    inputs = x.new_empty(parts, M, blocks * block, dtype=torch.float16 if scaled else x.dtype)
+    scale = x.new_empty(blocks, M, dtype=torch.float32) if scaled else None
+    make = Launch(
+        int4_linear_inputs_kernel,
+        grid=(M * cdiv(blocks, BLOCKS_OF_INPUTS), 1, 1),
+        args={
+            "x": x, "permutation": permutation, "made": inputs, "scale": scale,
+            "x_m": x.stride(0), "M": M, "K": K, "blocks": blocks,
+        },
+        constants={
+            "MODE": mode, "BLOCK": block, "BLOCKS": BLOCKS_OF_INPUTS, "PARTS": parts, "WHOLE": K % block == 0,
+        },
+        num_warps=4,
+    )  # fmt: skip
+    return make, inputs, scale

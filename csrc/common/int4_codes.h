@@ -35,7 +35,7 @@ SCRIMP_INLINE IntVec widen(ShortVec x) {
 SCRIMP_INLINE IntVec add_products_in_software(IntVec sum, BitsVec u, IntVec s) {
   const ShortVec even = (ShortVec)((UShortVec)u & 0xff) * ((ShortVec)((UShortVec)s << 8) >> 8);
   const ShortVec odd = (ShortVec)((UShortVec)u >> 8) * ((ShortVec)s >> 8);
-  return sum + widen(even) + widen(odd);
+  return (IntVec)((BitsVec)sum + (BitsVec)widen(even) + (BitsVec)widen(odd));  // of limbs: modulo 2^32
 }
 
 // Sums of products with bytes of any size.
@@ -54,7 +54,7 @@ struct WideSums {
 #if defined(SCRIMP_VNNI)
 using NibbleSums = WideSums;
 #else
-// The same for u <= 15: up to 8 products of at most 2 * 15 * 127 add up in 16 bits before they are widened.
+// The same for u <= 15: up to 8 products of at most 2 * 15 * 128 add up in 16 bits before they are widened.
 struct NibbleSums {
   SCRIMP_INLINE static IntVec start(IntVec) { return IntVec{}; }
   SCRIMP_INLINE static IntVec add(IntVec part, BitsVec u, IntVec s) {
@@ -68,7 +68,9 @@ struct NibbleSums {
     return (IntVec)((UShortVec)part + (UShortVec)even + (UShortVec)odd);  // lanes without an output may overflow
 #endif
   }
-  SCRIMP_INLINE static IntVec finish(IntVec sum, IntVec part) { return sum + widen((ShortVec)part); }
+  SCRIMP_INLINE static IntVec finish(IntVec sum, IntVec part) {
+    return (IntVec)((BitsVec)sum + (BitsVec)widen((ShortVec)part));
+  }
 };
 #endif
 
@@ -166,8 +168,8 @@ struct Steps {
   bool usable;
 };
 
-// Of x[columns], whole vectors.
-SCRIMP_INLINE Steps steps_of(const float* x, int64_t columns) {
+// The bits of the largest magnitude of x[columns], whole vectors; as integers, those of a NaN are above those of inf.
+SCRIMP_INLINE uint32_t largest_bits(const float* x, int64_t columns) {
   BitsVec bits{};
   for (int64_t k = 0; k < columns; k += kLanes) {
     const BitsVec some = (BitsVec)load(x + k) & 0x7fffffffu;
@@ -176,7 +178,14 @@ SCRIMP_INLINE Steps steps_of(const float* x, int64_t columns) {
   const float largest = fold_lanes((Vec)bits, [](Vec a, Vec b) { return (BitsVec)a > (BitsVec)b ? a : b; });
   uint32_t most;
   memcpy(&most, &largest, sizeof most);
+  return most;
+}
+
+SCRIMP_INLINE Steps steps_of(const float* x, int64_t columns) {
+  const uint32_t most = largest_bits(x, columns);
   if (most >= kInfinityBits) return {0.0f, __builtin_nanf(""), false};
+  float largest;
+  memcpy(&largest, &most, sizeof most);
   if (largest < kSmallest) return {0.0f, 0.0f, false};
   return {127.0f / largest, largest / 127.0f, true};
 }

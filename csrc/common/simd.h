@@ -80,10 +80,17 @@ SCRIMP_INLINE Vec load(const Float16* p) {
 }
 
 SCRIMP_INLINE Vec load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   Bytes bytes;
   memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+  const IntVec wide = __builtin_convertvector(bytes, IntVec);
+#endif
+  return __builtin_convertvector((IntVec)wide, Vec);
 }
 
 SCRIMP_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }

@@ -4,14 +4,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/float_dtype.h"
+#include "common/memory.h"
 #include "common/rows.h"
 #include "common/tensors.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -37,11 +38,10 @@ static void check(const Tensor& x, const Tensor& level, const OptionalTensor& sc
   SCRIMP_CHECK(same, "channel_select: whole must be bool, a number for each row of x ", shape_text(x));
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
-                                                                 const OptionalTensor& scale_any,
-                                                                 const OptionalTensor& center_any,
-                                                                 const OptionalTensor& whole_any, int64_t rule,
-                                                                 bool common) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
+                                                          const OptionalTensor& scale_any,
+                                                          const OptionalTensor& center_any,
+                                                          const OptionalTensor& whole_any, int64_t rule, bool common) {
   const std::optional<FloatType> type = float_type(x);
   SCRIMP_CHECK(type, "channel_select: x must be float32, bfloat16 or float16 on the CPU");
   check(x, level, scale_any, center_any, whole_any, rule);
@@ -75,20 +75,23 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x
   const SelectRule how = static_cast<SelectRule>(rule);
   const Rows from(x), to(kept);
   // One row of scores, and one of masks, for every row of x; behind them the mean score of a common choice.
-  const std::unique_ptr<float[]> scores(new float[(M + common) * K]);
-  const std::unique_ptr<int8_t[]> masks(new int8_t[M * K]);
+  Memory memory;
+  const int64_t scores_at = memory.reserve<float>((M + common) * K), masks_at = memory.reserve<int8_t>(M * K);
+  memory.allocate();
+  float* const scores = memory.at<float>(scores_at);
+  int8_t* const masks = memory.at<int8_t>(masks_at);
   const auto score = SCRIMP_KERNEL(channel_select_score);
   const auto keep = SCRIMP_KERNEL(channel_select_keep);
   const auto cut_of = SCRIMP_KERNEL(channel_select_cut);
-  float* mean = scores.get() + M * K;
+  float* mean = scores + M * K;
   const auto row = [&](int64_t m) -> SelectRow {
     return {.channels = K,
             .x = from.row(m),
             .scale = numbers(scale),
             .center = numbers(center),
-            .score = scores.get() + m * K,
-            .judged = common ? mean : scores.get() + m * K,
-            .mask = masks.get() + m * K,
+            .score = scores + m * K,
+            .judged = common ? mean : scores + m * K,
+            .mask = masks + m * K,
             .kept = to.row(m),
             .energy = static_cast<float*>(energy.data_ptr()) + 2 * m,
             .type = *type};
@@ -96,16 +99,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x
   const auto finish = [&](int64_t m, SelectCut cut) { keep(row(m), is_whole && is_whole[m] ? kSelectAll : cut); };
   if (common) {
     for_each_row(M, K, [&](int64_t m) { score(row(m)); });
-    SCRIMP_KERNEL(channel_select_mean)(mean, scores.get(), M, K);
+    SCRIMP_KERNEL(channel_select_mean)(mean, scores, M, K);
     const SelectCut cut = cut_of(mean, K, how, at);
     for_each_row(M, K, [&](int64_t m) { finish(m, cut); });
   } else {
     for_each_row(M, K, [&](int64_t m) {
       score(row(m));
-      finish(m, cut_of(scores.get() + m * K, K, how, at));
+      finish(m, cut_of(scores + m * K, K, how, at));
     });
   }
-  *listed = list_kernel(masks.get(), M, K, list);
+  *listed = list_kernel(masks, M, K, list);
   return {kept, index, count, energy};
 }
 

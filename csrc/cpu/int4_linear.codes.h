@@ -46,7 +46,7 @@ SCRIMP_INLINE void fetch_next(const Int4Panel& p, int64_t chunk, int n, int word
   __builtin_prefetch(p.next + chunk * kPanel * 64 + n * 64 + word * kPieceBytes, 0, 2);
 }
 
-// to[column][output] of a chunk, in exact mode
+// to[column][output] of a chunk: codes - 8, or the codebook's entries
 template <bool Book>
 void unpack(const Int4Panel& p, int64_t chunk, float* to) {
   const FloatCodes<Book> codes(p.codebook);
@@ -64,7 +64,7 @@ void unpack(const Int4Panel& p, int64_t chunk, float* to) {
   });
 }
 
-// to[word][even columns, odd columns][output] of a chunk, in int8 mode
+// to[word][even columns, odd columns][output] of a chunk: codes, or the codebook's entries + 128
 template <bool Book>
 void unpack(const Int4Panel& p, int64_t chunk, uint32_t* to) {
   const ByteCodes<Book> codes{static_cast<const int8_t*>(p.codebook)};

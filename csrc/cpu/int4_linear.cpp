@@ -37,15 +37,16 @@ static const void* data(const std::optional<Tensor>& tensor) { return tensor ? t
 // Rows [first, first + rows): x is packed once, then panels of outputs are computed.
 static void multiply(const Int4Problem& p, const Rows& x_rows, int64_t first, int64_t rows, const void* codebook,
                      char* out, int64_t out_stride) {
-  const int64_t block = p.group == p.K ? kInt4Chunk : std::min(p.group, kInt4Chunk);
-  const int64_t chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk;
-  const int64_t blocks = (p.K + block - 1) / block, outputs = rows == 1 && !p.int8 ? kInt4RowPanel : kInt4Panel;
+  const int64_t limbs = p.int8 ? 1 : isa() == Isa::avx512vnni && !p.codebook ? 3 : 0;
+  const int64_t most = limbs == 3 ? kInt4LimbBlock : kInt4Chunk,
+                block = p.group == p.K ? most : std::min(p.group, most);
+  const int64_t chunks = (p.K + kInt4Chunk - 1) / kInt4Chunk, plane = chunks * rows * kInt4Chunk;
+  const int64_t blocks = (p.K + block - 1) / block, outputs = rows == 1 && !limbs ? kInt4RowPanel : kInt4Panel;
   const int64_t panels = (p.N + outputs - 1) / outputs;
   const int64_t workers = worker_count(std::max(panels, rows), 2 * rows * p.N * p.K);
 
   Memory memory;
-  const int64_t values = memory.reserve<float>(p.int8 ? 0 : chunks * rows * kInt4Chunk);
-  const int64_t integers = memory.reserve<int8_t>(p.int8 ? chunks * rows * kInt4Chunk : 0);
+  const int64_t values = memory.reserve<float>(limbs ? 0 : plane), integers = memory.reserve<int8_t>(limbs * plane);
   const int64_t in_blocks = blocks * rows + kInt4Groups;
   const int64_t sums = memory.reserve<float>(in_blocks), scales = memory.reserve<float>(in_blocks);
   const int64_t starts = memory.reserve<int32_t>(in_blocks);
@@ -60,15 +61,16 @@ static void multiply(const Int4Problem& p, const Rows& x_rows, int64_t first, in
   const Int4Rows packed{.rows = rows,
                         .columns = p.K,
                         .block = block,
+                        .limbs = limbs,
                         .values = memory.at<float>(values),
                         .integers = memory.at<int8_t>(integers),
+                        .plane = plane,
                         .sums = memory.at<float>(sums),
                         .scales = memory.at<float>(scales),
                         .starts = memory.at<int32_t>(starts),
-                        .center = p.codebook                  ? 128
-                                  : p.kind == Int4Zeros::none ? 8
-                                                              : 0,
-                        .int8 = p.int8};
+                        .center = p.codebook                                ? 128
+                                  : limbs == 3 || p.kind == Int4Zeros::none ? 8
+                                                                            : 0};
   const auto pack = SCRIMP_VNNI_KERNEL(int4_pack);
   for_each_item(rows, rows == 1 ? 1 : workers, [&](int64_t row, int64_t worker) {
     pack({.to = &packed,

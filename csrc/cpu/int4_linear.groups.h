@@ -6,6 +6,11 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
+// Exact mode's products are of q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
+SCRIMP_INLINE Vec centered(Int4Zeros kind, Vec scale, Vec zero) {
+  return kind == Int4Zeros::shift ? (8.0f - zero) * scale : fma(broadcast(8.0f), scale, zero);
+}
+
 // The scales and zeros of a panel for some groups, with outputs in the lanes.
 struct Groups {
   const Int4Panel& p;
@@ -46,17 +51,14 @@ struct Groups {
       if (p.zeros && !p.byte_zeros) {
         with_type(p.scale_type, p.zeros, [&](auto* from) { transposed(from, p.zeros_end, zeros); });
       }
-      if (!p.x->int8) center();
+      if (p.zeros && p.x->limbs != 1) center();
     }
     return (group - first) * kPanel;
   }
 
-  // Exact mode's codes stand for q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
   void center() {
-    if (p.kind == Int4Zeros::none) return;
     for (int64_t i = 0; i < kInt4Groups * kPanel; i += kLanes) {
-      const Vec s = load(scales + i), z = load(zeros + i);
-      store(zeros + i, p.kind == Int4Zeros::shift ? (8.0f - z) * s : fma(broadcast(8.0f), s, z));
+      store(zeros + i, centered(p.kind, load(scales + i), load(zeros + i)));
     }
   }
 };

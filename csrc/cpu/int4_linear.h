@@ -11,22 +11,26 @@ namespace scrimp {
 
 constexpr int64_t kInt4Chunk = 128;     // columns that are unpacked together: 64 bytes of a row of codes
 constexpr int64_t kInt4Panel = 64;      // outputs that are computed together
-constexpr int64_t kInt4RowPanel = 16;   // the same for one row in exact mode
+constexpr int64_t kInt4RowPanel = 16;   // the same for one row of values
+constexpr int64_t kInt4LimbBlock = 32;  // columns of a block in exact mode: 32 * 8 * 2^23 = 2^31
 constexpr int64_t kInt4Rows = 256;      // rows of one pass over the weight
 constexpr int64_t kInt4Groups = 16;     // groups whose scales lie at hand at once, at most
 constexpr int64_t kInt4Lookahead = 64;  // bytes that may be read behind a panel's scratch
 
-// Rows of x made ready for `int4_panel`. A block is 16, 32, 64 or 128 columns, 128 where a row of the weight is one
-// group; columns behind the last one are zeros. The arrays of blocks may be read kInt4Groups behind their end.
+// Rows of x made ready for `int4_panel`: integers that share a scale in a block of columns, or values. A block is 16,
+// 32, 64 or 128 columns; columns behind the last one are zeros. The arrays of blocks may be read kInt4Groups behind
+// their end.
 struct Int4Rows {
   int64_t rows, columns, block;
-  float* values;     // exact: [chunk][row][128]
-  int8_t* integers;  // int8: [chunk][row][128], of some columns first the even ones
-  float* sums;       // [block][row]: of the values or integers
-  float* scales;     // int8: [block][row]
-  int32_t* starts;   // int8: [block][row]: what a sum of products starts from, -center * sums
+  int64_t limbs;     // signed bytes of an integer: 1 in int8 mode, 3 in exact mode where it pays, 0: there are values
+  float* values;     // [chunk][row][128]
+  int8_t* integers;  // [limb, the highest first][chunk][row][128], of 8 columns first the even ones; or, for one row,
+                     // [vector of codes][limb][its even columns, its odd columns]
+  int64_t plane;     // bytes from limb to limb
+  float* sums;       // [block][row]: of the integers or values
+  float* scales;     // [block][row]: what an integer of 1 stands for
+  int32_t* starts;   // [block][row]: what is added to a sum of products, -center * sums
   int32_t center;    // the code that stands for zero, where it is the same for all
-  bool int8;
 };
 
 // One row to be packed as number `row`.

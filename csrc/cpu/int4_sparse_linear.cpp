@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/tensors.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -23,13 +24,55 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kRun = 4096;   // outputs of a channel that a thread reads in one go, where rows are few
 constexpr int64_t kSums = kRun;  // outputs times rows whose sums and totals are in the cache at once
 
-// The op's arguments, checked.
+// x and one weight, checked.
 struct Int4SparseProblem {
   Tensor x, codes, scales;
   OptionalTensor zeros, codebook, permutation, bias;
   int64_t group, K, N, inputs;
   Int4Zeros kind;
   bool byte_zeros, int8;
+  int64_t first_output = 0;  // where its results begin in a row
+  float wide_codebook[16];   // exact mode reads an int8 codebook as fp32
+
+  Int4SparseProblem(const Tensor& x, const Int4ChannelsOf& weight)
+      : x(x),
+        codes(unit_last_stride(weight.codes)),
+        scales(unit_last_stride(weight.scales)),
+        zeros(weight.zeros && weight.zeros->dim() == 2 ? OptionalTensor(unit_last_stride(*weight.zeros))
+                                                       : weight.zeros),
+        codebook(contiguous(weight.codebook)),
+        permutation(contiguous(weight.permutation)),
+        bias(contiguous(weight.bias)),
+        group(weight.group_size),
+        K(codes.size(0)),
+        N(scales.size(1)),
+        inputs(x.size(x.dim() - 1)),
+        kind(weight.zero_kind == 0   ? Int4Zeros::none
+             : weight.zero_kind == 3 ? Int4Zeros::offset
+                                     : Int4Zeros::shift),
+        byte_zeros(weight.zero_kind == 1),
+        int8(weight.mode == 1) {
+    check();
+    if (codebook && !int8 && codebook->scalar_type() == ScalarType::Char) {
+      std::copy_n(static_cast<const int8_t*>(codebook->data_ptr()), 16, wide_codebook);
+    }
+  }
+
+  const void* entries() const {
+    if (!codebook) return nullptr;
+    return !int8 && codebook->scalar_type() == ScalarType::Char ? wide_codebook : codebook->data_ptr();
+  }
+  int64_t block() const { return group == K ? kInt4Block : group; }
+  int32_t center() const { return codebook ? 128 : kind == Int4Zeros::none ? 8 : 0; }
+  // Whether rows that are packed for the other one are packed for this one.
+  bool packs_as(const Int4SparseProblem& other) const {
+    return !permutation && !other.permutation && block() == other.block() && center() == other.center() &&
+           int8 == other.int8;
+  }
+
+  static OptionalTensor contiguous(const OptionalTensor& tensor) {
+    return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
+  }
 
   static void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
                            std::initializer_list<int64_t> shape) {
@@ -71,12 +114,10 @@ struct Int4SparseProblem {
   }
 };
 
-static const void* data(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
 // The listed channels by blocks, in quads and spans.
 class Int4Listed {
  public:
-  Int4Listed(const Int4SparseProblem& p, const int32_t* index, int64_t count) : size_(block_of(p)) {
+  Int4Listed(const Int4SparseProblem& p, const int32_t* index, int64_t count) : size_(p.block()) {
     std::vector<int32_t> columns, inputs;
     if (p.permutation) {
       const auto* order = static_cast<const int32_t*>(p.permutation->data_ptr());
@@ -91,7 +132,6 @@ class Int4Listed {
     }
   }
 
-  static int64_t block_of(const Int4SparseProblem& p) { return p.group == p.K ? kInt4Block : p.group; }
   int64_t quads() const { return quads_; }
   Int4SparseList list() const {
     return {.channel = channels_.data(),
@@ -132,19 +172,31 @@ class Int4Listed {
   std::vector<Int4Span> spans_;
 };
 
-// Rows [first, first + rows): x is packed once, then parts of the outputs are computed.
-static void multiply(const Int4SparseProblem& p, const Int4Listed& listed, const Rows& x_rows, int64_t first,
-                     int64_t rows, const void* codebook, const Tensor& out) {
-  const int64_t tiles = (p.N + kInt4Tile - 1) / kInt4Tile, quads = listed.quads();
-  const int64_t workers = worker_count(tiles, rows * p.N * quads / 2);
-  const int64_t run = std::min(kRun, kSums / rows), turns = (p.N + workers * run - 1) / (workers * run);
-  const int64_t share = (p.N + workers * turns - 1) / (workers * turns);
-  const int64_t width = (share + kInt4Tile - 1) / kInt4Tile * kInt4Tile, parts = (p.N + width - 1) / width;
+// Outputs of a weight that one thread computes.
+struct Int4SparseItem {
+  const Int4SparseProblem* weight;
+  int64_t first, outputs;
+};
 
-  const int64_t in_blocks = (p.K / Int4Listed::block_of(p) + 1) * rows;
+// Rows [first, first + rows) for weights [begin, end): x is packed once, then parts of the outputs are computed.
+static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* end, const Int4Listed& listed,
+                     const Rows& x_rows, int64_t first, int64_t rows, char* out, int64_t out_stride) {
+  const int64_t quads = listed.quads();
+  int64_t N = 0, tiles = 0;
+  for (const auto* p = begin; p < end; ++p) N += p->N, tiles += (p->N + kInt4Tile - 1) / kInt4Tile;
+  const int64_t workers = worker_count(tiles, rows * N * quads / 2);
+  const int64_t run = std::min(kRun, kSums / rows), turns = (N + workers * run - 1) / (workers * run);
+  const int64_t share = (N + workers * turns - 1) / (workers * turns);
+  const int64_t width = (share + kInt4Tile - 1) / kInt4Tile * kInt4Tile;
+  std::vector<Int4SparseItem> items;
+  for (const auto* p = begin; p < end; ++p) {
+    for (int64_t n = 0; n < p->N; n += width) items.push_back({p, n, std::min(width, p->N - n)});
+  }
+
+  const int64_t in_blocks = (begin->K / begin->block() + 1) * rows;
   Memory memory;
-  const int64_t values = memory.reserve<float>(p.int8 ? 0 : 4 * quads * rows);
-  const int64_t integers = memory.reserve<int8_t>(p.int8 ? 4 * quads * rows : 0);
+  const int64_t values = memory.reserve<float>(begin->int8 ? 0 : 4 * quads * rows);
+  const int64_t integers = memory.reserve<int8_t>(begin->int8 ? 4 * quads * rows : 0);
   const int64_t sums = memory.reserve<float>(in_blocks), scales = memory.reserve<float>(in_blocks);
   const int64_t starts = memory.reserve<int32_t>(in_blocks);
   const int64_t scratch = memory.reserve<float>(2 * workers * rows * width);
@@ -158,96 +210,83 @@ static void multiply(const Int4SparseProblem& p, const Int4Listed& listed, const
                               .sums = memory.at<float>(sums),
                               .scales = memory.at<float>(scales),
                               .starts = memory.at<int32_t>(starts),
-                              .center = p.codebook                  ? 128
-                                        : p.kind == Int4Zeros::none ? 8
-                                                                    : 0,
-                              .int8 = p.int8};
-  const auto type = *float_type(p.x);
+                              .center = begin->center(),
+                              .int8 = begin->int8};
+  const auto type = *float_type(begin->x);
   const auto pack = SCRIMP_VNNI_KERNEL(int4_sparse_pack);
   for_each_item(rows, rows == 1 ? 1 : std::min(workers, rows), [&](int64_t row, int64_t) {
     pack({.to = &packed, .row = row, .x = x_rows.row(first + row), .type = type});
   });
 
-  const int64_t scale_size = p.scales.element_size(), zero_size = p.zeros ? p.zeros->element_size() : 0;
-  const auto* all_scales = static_cast<const char*>(p.scales.data_ptr());
-  const auto* all_zeros = static_cast<const char*>(data(p.zeros));
-  const auto* bias = static_cast<const char*>(data(p.bias));
-  const int64_t size = p.x.element_size();
+  const auto at = [](const OptionalTensor& tensor, int64_t n) {
+    return tensor ? static_cast<const char*>(tensor->data_ptr()) + n * tensor->element_size() : nullptr;
+  };
+  const int64_t size = begin->x.element_size();
   const auto kernel = SCRIMP_VNNI_KERNEL(int4_sparse_linear);
-  for_each_item(parts, std::min(workers, parts), [&](int64_t part, int64_t worker) {
-    const int64_t n = part * width;
-    const int64_t outputs = std::min(width, p.N - n);
+  for_each_item(items.size(), std::min<int64_t>(workers, items.size()), [&](int64_t item, int64_t worker) {
+    const auto [weight, n, outputs] = items[item];
+    const Int4SparseProblem& p = *weight;
     kernel({.x = &packed,
             .outputs = outputs,
             .width = (outputs + kInt4Tile - 1) / kInt4Tile * kInt4Tile,
             .codes = static_cast<const uint8_t*>(p.codes.data_ptr()) + n / 2,
             .codes_stride = p.codes.stride(0),
             .group = p.group,
-            .scales = all_scales + n * scale_size,
-            .zeros = all_zeros ? all_zeros + n * zero_size : nullptr,
+            .scales = at(p.scales, n),
+            .zeros = at(p.zeros, n),
             .scales_stride = p.scales.stride(0),
             .zeros_stride = p.zeros ? p.zeros->stride(0) : 0,
             .scale_type = *float_type(p.scales),
             .byte_zeros = p.byte_zeros,
             .kind = p.kind,
-            .codebook = codebook,
-            .bias = bias ? bias + n * size : nullptr,
-            .out = static_cast<char*>(out.data_ptr()) + (first * p.N + n) * size,
-            .out_stride = p.N,
+            .codebook = p.entries(),
+            .bias = at(p.bias, n),
+            .out = out + (first * out_stride + p.first_output + n) * size,
+            .out_stride = out_stride,
             .type = type,
             .sums = memory.at<float>(scratch) + 2 * worker * rows * width,
             .totals = memory.at<float>(scratch) + (2 * worker + 1) * rows * width});
   });
 }
 
+void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const std::vector<Int4ChannelsOf>& weights,
+                           const Tensor& index_any, const Tensor& count) {
+  const Tensor index = as_contiguous(index_any);
+  const auto* channels = static_cast<const int32_t*>(index.data_ptr());
+  std::vector<Int4SparseProblem> problems;
+  problems.reserve(weights.size());
+  int64_t N = 0;
+  for (const Int4ChannelsOf& weight : weights) {
+    problems.emplace_back(x, weight);
+    problems.back().first_output = N;
+    N += problems.back().N;
+  }
+  const int64_t listed = check_list("int4_sparse_linear", index, count, x.size(x.dim() - 1));
+  if (out.numel() == 0) return;
+  const int64_t M = out.numel() / N;
+  const Rows rows(x);
+  for (const auto *begin = problems.data(), *last = begin + problems.size(), *end = begin; begin < last; begin = end) {
+    for (end = begin + 1; end < last && end->packs_as(*begin); ++end) continue;
+    const Int4Listed quads(*begin, channels, listed);
+    for (int64_t row = 0; row < M; row += kInt4SparseRows) {
+      multiply(begin, end, quads, rows, row, std::min(kInt4SparseRows, M - row), static_cast<char*>(out.data_ptr()), N);
+    }
+  }
+}
+
 static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
                                  const OptionalTensor& zeros, const OptionalTensor& codebook,
-                                 const OptionalTensor& permutation, const Tensor& index_any, const Tensor& count,
+                                 const OptionalTensor& permutation, const Tensor& index, const Tensor& count,
                                  const OptionalTensor& bias, int64_t group_size, int64_t zero_kind, int64_t mode) {
   SCRIMP_CHECK(0 <= zero_kind && zero_kind <= 3, "int4_sparse_linear: zero_kind=", zero_kind, " must be 0 to 3");
   SCRIMP_CHECK(mode == 0 || mode == 1, "int4_sparse_linear: mode=", mode, " must be 0 or 1");
   SCRIMP_CHECK(x.dim() > 0 && codes.dim() == 2 && scales.dim() == 2,
                "int4_sparse_linear: x must be [.., inputs], codes [K, bytes], scales [groups, N]");
-  const auto contiguous = [](const OptionalTensor& tensor) {
-    return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
-  };
-  const auto rows_of = [](const OptionalTensor& tensor) {
-    return tensor && tensor->dim() == 2 ? OptionalTensor(unit_last_stride(*tensor)) : tensor;
-  };
-  const Int4Zeros kinds[] = {Int4Zeros::none, Int4Zeros::shift, Int4Zeros::shift, Int4Zeros::offset};
-  const Int4SparseProblem p{x,
-                            unit_last_stride(codes),
-                            unit_last_stride(scales),
-                            rows_of(zeros),
-                            contiguous(codebook),
-                            contiguous(permutation),
-                            contiguous(bias),
-                            group_size,
-                            codes.size(0),
-                            scales.size(1),
-                            x.size(x.dim() - 1),
-                            kinds[zero_kind],
-                            zero_kind == 1,
-                            mode == 1};
-  p.check();
-  const Tensor index = as_contiguous(index_any);
-  const int64_t listed = check_list("int4_sparse_linear", index, count, p.inputs);
-  float book[16];  // exact mode reads an int8 codebook as fp32
-  const void* entries = data(p.codebook);
-  if (entries && !p.int8 && p.codebook->scalar_type() == ScalarType::Char) {
-    std::copy_n(static_cast<const int8_t*>(entries), 16, book);
-    entries = book;
-  }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = p.N;
+  shape.back() = scales.size(1);
   const Tensor out = cpu_empty(x, shape);
-  if (out.numel() == 0) return out;
-  const int64_t M = out.numel() / p.N;
-  const Int4Listed channels(p, static_cast<const int32_t*>(index.data_ptr()), listed);
-  const Rows rows(x);
-  for (int64_t row = 0; row < M; row += kInt4SparseRows) {
-    multiply(p, channels, rows, row, std::min(kInt4SparseRows, M - row), entries, out);
-  }
+  int4_sparse_linear_to(out, x, {{codes, scales, zeros, codebook, permutation, bias, group_size, zero_kind, mode}},
+                        index, count);
   return out;
 }
 

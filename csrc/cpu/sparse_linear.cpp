@@ -4,14 +4,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "common/channel_list.h"
 #include "common/float_dtype.h"
+#include "common/memory.h"
 #include "common/rows.h"
 #include "common/tensors.h"
+#include "cpu/ops.h"
 
 namespace scrimp {
 
@@ -22,7 +23,7 @@ constexpr int64_t kSums = 4 * kRun;  // outputs times rows that are in the cache
 constexpr int64_t kAlone = 1 << 17;  // bytes of weights below which a second thread does not pay
 
 static void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
-  SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "sparse_linear: x must be [.., K] on the CPU");
+  SCRIMP_CHECK(float_type(x), "sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
   const auto fits = [&](const Tensor& tensor) { return tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(); };
   const int64_t K = x.size(x.dim() - 1);
   SCRIMP_CHECK(fits(weight) && weight.dim() == 2 && weight.size(0) == K,
@@ -39,21 +40,17 @@ static void check(const Tensor& x, const Tensor& weight, const OptionalTensor& b
                " and N=", N, ", or another device or dtype");
 }
 
-static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index_any, const Tensor& count,
-                            const OptionalTensor& bias_any, const OptionalTensor& residual) {
-  const std::optional<FloatType> type = float_type(x);
-  SCRIMP_CHECK(type, "sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
+void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& index_any,
+                      const Tensor& count, const OptionalTensor& bias_any, const OptionalTensor& residual) {
   check(x, weight, bias_any, residual);
+  const FloatType type = *float_type(x);
   const int64_t K = weight.size(0), N = weight.size(1), size = x.element_size();
   const Tensor index = as_contiguous(index_any);
   const int64_t listed = check_list("sparse_linear", index, count, K);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = N;
-  const Tensor out = cpu_empty(x, shape);
-  if (out.numel() == 0) return out;
-  const int64_t M = out.numel() / N;
+  if (out.numel() == 0) return;
+  const int64_t M = out.numel() / N, stride = out.dim() > 1 ? out.stride(out.dim() - 2) : N;
   const OptionalTensor bias = bias_any ? OptionalTensor(as_contiguous(*bias_any)) : std::nullopt;
-  const Rows from(x), to(out);
+  const Rows from(x);
   const std::optional<Rows> beside = residual ? std::optional<Rows>(*residual) : std::nullopt;
 
   // Outputs of an item: long runs, as many items for each thread, whole lines.
@@ -63,8 +60,11 @@ static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
   const int64_t turns = (N + workers * run - 1) / (workers * run);
   const int64_t share = (N + workers * turns - 1) / (workers * turns);
   const int64_t width = (share + 63) / 64 * 64, items = (N + width - 1) / width;
-  const std::unique_ptr<float[]> packed(new float[rows_most * listed]);
-  const std::unique_ptr<float[]> sums(new float[2 * workers * rows_most * width]);
+  Memory memory;
+  const int64_t packed_at = memory.reserve<float>(rows_most * listed);
+  const int64_t sums_at = memory.reserve<float>(2 * workers * rows_most * width);
+  memory.allocate();
+  float *packed = memory.at<float>(packed_at), *sums = memory.at<float>(sums_at);
   const auto kernel = SCRIMP_KERNEL(sparse_linear);
   for (int64_t first = 0; first < M; first += kSparseRows) {
     const int64_t rows = std::min(kSparseRows, M - first);
@@ -75,26 +75,36 @@ static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor&
     }
     const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
     SCRIMP_KERNEL(sparse_linear_pack)
-    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed.get(), .type = *type});
+    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed, .type = type});
     for_each_item(items, workers, [&](int64_t item, int64_t worker) {
       const int64_t n = item * width;
       kernel({.rows = rows,
               .listed = listed,
               .outputs = std::min(width, N - n),
-              .packed = packed.get(),
+              .packed = packed,
               .index = list,
               .weight = static_cast<const char*>(weight.data_ptr()) + n * size,
               .weight_stride = weight.stride(0),
               .bias = bias ? static_cast<const char*>(bias->data_ptr()) + n * size : nullptr,
               .residual = beside ? added : nullptr,
               .residual_offset = n,
-              .out = to.row(first) + n * size,
-              .out_stride = N,
-              .part = sums.get() + 2 * worker * rows_most * width,
-              .total = sums.get() + (2 * worker + 1) * rows_most * width,
-              .type = *type});
+              .out = static_cast<char*>(out.data_ptr()) + (first * stride + n) * size,
+              .out_stride = stride,
+              .part = sums + 2 * worker * rows_most * width,
+              .total = sums + (2 * worker + 1) * rows_most * width,
+              .type = type});
     });
   }
+}
+
+static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count,
+                            const OptionalTensor& bias, const OptionalTensor& residual) {
+  SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "sparse_linear: x must be [.., K] on the CPU");
+  SCRIMP_CHECK(weight.dim() == 2, "sparse_linear: weight must be [K, N], got ", shape_text(weight));
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.size(1);
+  const Tensor out = cpu_empty(x, shape);
+  sparse_linear_to(out, x, weight, index, count, bias, residual);
   return out;
 }
 

@@ -15,6 +15,8 @@ namespace scrimp::cuda::int4_linear {
 
 using torch::headeronly::ScalarType;
 
+constexpr int kWide = 8192;  // from so many outputs on, tiles of more of them keep a GPU busy, too
+
 template <class T, class Form, class Tile>
 static void launch(Arguments p, cudaStream_t stream) {
   const int64_t blocks = (p.K + kBlock - 1) / kBlock, all = (blocks + kWarps - 1) / kWarps * kWarps;
@@ -33,9 +35,10 @@ static void launch(Arguments p, cudaStream_t stream) {
 template <class T>
 static void launch_as(const Arguments& p, cudaStream_t stream) {
   const auto launch_tile = [&]<class Form>(Form) {
-    if (p.M <= 4) return launch<T, Form, Few>(p, stream);
+    const bool wide = p.N >= kWide;
+    if (p.M <= 4 && !wide) return launch<T, Form, Few>(p, stream);
     if constexpr (!std::is_same_v<Form, Codebook>) {  // looking up costs more than reading x again
-      if (p.M > 16 || (p.M > 8 && p.N >= 8192)) return launch<T, Form, Many>(p, stream);
+      if (p.M > 16 || (p.M > 8 && wide)) return launch<T, Form, Many>(p, stream);
     }
     launch<T, Form, Some>(p, stream);
   };
@@ -89,7 +92,7 @@ static Tensor run(const Tensor& x_in, const Tensor& qweight, const Tensor& scale
                " and K=", problem.K, " must be at most ", INT32_MAX / 2);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int words = group_size == 32 ? 0 : group_size == 64 ? 1 : 2;
+  const int last_word = group_size == 32 ? 0 : group_size == 64 ? 1 : 3;
   const bool grouped = group_size == 32 || group_size == 64 || group_size == 128;
   const Arguments p = {.x = x.data_ptr(),
                        .codes = static_cast<const uint8_t*>(problem.qweight.data_ptr()),
@@ -103,8 +106,8 @@ static Tensor run(const Tensor& x_in, const Tensor& qweight, const Tensor& scale
                        .N = static_cast<int>(problem.N),
                        .K = static_cast<int>(problem.K),
                        .groups = static_cast<int>(problem.scales.size(1)),
-                       .words = words,
-                       .groups_of_block = grouped ? 4 >> words : 0,
+                       .last_word = last_word,
+                       .groups_of_block = grouped ? 4 / (last_word + 1) : 0,
                        .scale_type = *float_type(problem.scales),
                        .kind = problem.kind,
                        .byte_zeros = problem.byte_zeros};

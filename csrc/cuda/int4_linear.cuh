@@ -40,7 +40,7 @@ struct Arguments {
   void* out;                   // [M, N]
   int64_t x_stride;
   int M, N, K, groups;
-  int words;                  // 32 columns each that share a scale, as a power of two: 0, 1, or 2 for 128 and more
+  int last_word;              // of a group among those of a block, 32 columns each: 0, 1, or 3 for 128 and more
   int groups_of_block;        // 0 where a row is one group
   int chunk = 0;              // blocks whose scales are in shared memory at a time, a multiple of kWarps
   uint32_t chunk_groups = 0;  // of these blocks, at most kGroups
@@ -67,30 +67,33 @@ struct Few : Tile<1, 1, 8, 4, 128, 4> {};
 struct Some : Tile<2, 2, 6, 4, 64, 3> {};
 struct Many : Tile<4, 4, 3, 2, 64, 2> {};
 
+// A pair of T from its bits, and back.
 template <class T>
-struct Pair;
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+template <class T>
+__device__ inline Pair<T> pair_of(uint32_t bits) {
+  return reinterpret_cast<const Pair<T>&>(bits);
+}
+template <class Pair>
+__device__ inline uint32_t bits_of(Pair pair) {
+  return reinterpret_cast<const uint32_t&>(pair);
+}
 
-template <>
-struct Pair<__half> {
-  using Is = __half2;
-  static constexpr uint32_t kBase = 0x64006400, kCentre = 0x64086408, kOnes = 0x3c003c00;  // 1024, 1032, 1
-};
-
-template <>
-struct Pair<__nv_bfloat16> {
-  using Is = __nv_bfloat162;
-  static constexpr uint32_t kBase = 0x43004300, kCentre = 0x43084308, kOnes = 0x3f803f80;  // 128, 136, 1
-};
-
-// The codes in bits 0 to 3 and 16 to 19 of a word as a pair of T: exact.
+// Codes number i and 4 + i of a word as a pair of T: exact.
 template <class T, class Form>
 struct Codes {
   __device__ explicit Codes(const int8_t*) {}
-  __device__ uint32_t operator()(uint32_t word) const {
-    using Is = typename Pair<T>::Is;
-    const uint32_t based = (word & 0x000f000f) | Pair<T>::kBase, centre = Pair<T>::kCentre;
-    const Is pair = __hsub2(reinterpret_cast<const Is&>(based), reinterpret_cast<const Is&>(centre));
-    return reinterpret_cast<const uint32_t&>(pair);
+  __device__ uint32_t operator()(uint32_t word, int i) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // 128 + q, less 136
+      const uint32_t based = ptx::and_or(word >> 4 * i, 0x000f000f, 0x43004300);
+      return bits_of(__hsub2(pair_of<T>(based), pair_of<T>(0x43084308)));
+    } else if (i % 2 == 0) {  // 1024 + q, less 1032
+      const uint32_t based = ptx::and_or(word >> 4 * i, 0x000f000f, 0x64006400);
+      return bits_of(__hsub2(pair_of<T>(based), pair_of<T>(0x64086408)));
+    } else {  // 1024 + 16 q, a sixteenth of it, less 72
+      const uint32_t based = ptx::and_or(word >> 4 * (i - 1), 0x00f000f0, 0x64006400);
+      return bits_of(__hfma2(pair_of<T>(based), pair_of<T>(0x2c002c00), pair_of<T>(0xd480d480)));
+    }
   }
 };
 
@@ -102,8 +105,8 @@ struct Codes<T, Codebook> {
     const T value = T(static_cast<float>(codebook[threadIdx.x % 16]));
     entry = reinterpret_cast<const uint16_t&>(value);
   }
-  __device__ uint32_t operator()(uint32_t word) const {
-    const uint32_t low = __shfl_sync(~0u, entry, word), high = __shfl_sync(~0u, entry, word >> 16);
+  __device__ uint32_t operator()(uint32_t word, int i) const {
+    const uint32_t low = __shfl_sync(~0u, entry, word >> 4 * i), high = __shfl_sync(~0u, entry, word >> (16 + 4 * i));
     return low | high << 16;
   }
 };
@@ -139,44 +142,47 @@ constexpr int kShared = Tile::kRingBytes + Tile::kOutputs * Tile::kPitch * stati
 template <class T, class Form, class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(const __grid_constant__ Arguments p) {
   constexpr int kRows = Tile::kRows, kTokens = Tile::kTokens, kStages = Tile::kStages, kAhead = Tile::kAhead;
+  constexpr int kTurn = kWarps * kBlock;  // columns from a warp's block to its next
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const scales = reinterpret_cast<Scale<Form>*>(memory + Tile::kRingBytes);
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
   const int first_n = blockIdx.x / p.tiles * Tile::kOutputs, first_m = blockIdx.x % p.tiles * 8 * kTokens;
   const int tokens = min(8 * kTokens, p.M - first_m);
   const int blocks = (p.K + kBlock - 1) / kBlock, bytes_of_row = p.K / 2;
-  unsigned char* const ring = memory + warp * kStages * Tile::kStageBytes;
   const int swizzle = row / 2;  // the four pieces of a row of codes change places, so that 8 rows meet in no bank
   const Codes<T, Form> codes(p.codebook);
 
-  // A block's codes, 8 rows at a time; zeros behind the ends.
-  const uint8_t* const from = p.codes + static_cast<int64_t>(first_n + row) * bytes_of_row + 16 * part;
-  const auto request = [&](int block, int stage) {
-    unsigned char* const to = ring + stage * Tile::kStageBytes + row * kBlockBytes + 16 * (part ^ swizzle);
+  // Asks for the codes of the warp's next block, 8 rows at a time; zeros behind the ends.
+  unsigned char* const ring = memory + warp * kStages * Tile::kStageBytes + row * kBlockBytes;
+  const uint8_t* from = p.codes + static_cast<int64_t>(first_n + row) * bytes_of_row + warp * kBlockBytes + 16 * part;
+  int columns_left = p.K - warp * kBlock - 32 * part;
+  const auto request = [&](int stage) {
 #pragma unroll
-    for (int i = 0; i < Tile::kOutputs / 8; ++i) {
-      const bool there = first_n + 8 * i + row < p.N && block * kBlock + 32 * part < p.K;
-      const int64_t at = static_cast<int64_t>(8 * i) * bytes_of_row + block * kBlockBytes;
-      ptx::copy_async(to + 8 * i * kBlockBytes, from + at, there);
-    }
+    for (int i = 0; i < Tile::kOutputs / 8; ++i)
+      ptx::copy_async(ring + stage * Tile::kStageBytes + 8 * i * kBlockBytes + 16 * (part ^ swizzle),
+                      from + static_cast<int64_t>(i) * 8 * bytes_of_row,
+                      columns_left > 0 && first_n + row + 8 * i < p.N);
     ptx::commit_copies();
+    from += kTurn / 2;
+    columns_left -= kTurn;
   };
 
-  // 8 columns of x from `column` + 8 part on; zeros behind the ends.
-  const T* const x = static_cast<const T*>(p.x) + (first_m + row) * p.x_stride + 8 * part;
+  // Loads eight columns of x, `column` behind the start of the warp's block; zeros behind the ends.
+  const T* x = static_cast<const T*>(p.x) + (first_m + row) * p.x_stride + warp * kBlock + 8 * part;
+  int inputs_left = p.K - warp * kBlock;
   const auto load_inputs = [&](uint4(&to)[kTokens], int column) {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i)
-      to[i] = 8 * i + row < tokens && column < p.K
+      to[i] = column < inputs_left && row + 8 * i < tokens
                   ? __ldg(reinterpret_cast<const uint4*>(x + 8 * i * p.x_stride + column))
                   : uint4{};
   };
 
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) request(warp + i * kWarps, i);
+  for (int i = 0; i < kStages - 1; ++i) request(i);
   uint4 inputs[kAhead][kTokens];
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load_inputs(inputs[i], warp * kBlock + 32 * i);
+  for (int i = 0; i < kAhead; ++i) load_inputs(inputs[i], 32 * i);
 
   float total[kRows][kTokens][4] = {};
   int stage = 0;
@@ -193,13 +199,16 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
     }
     __syncthreads();
 
+    const Scale<Form>* block_scales = scales + row * Tile::kPitch + warp * p.groups_of_block;
     for (int block = first + warp; block < min(first + p.chunk, blocks); block += kWarps) {
       ptx::wait_copies<kStages - 2>();
       __syncwarp();
-      request(block + (kStages - 1) * kWarps, stage ? stage - 1 : kStages - 1);
-      const unsigned char* const now = ring + stage * Tile::kStageBytes + row * kBlockBytes + 4 * part;
+      request(stage ? stage - 1 : kStages - 1);
+      const unsigned char* const now = ring + stage * Tile::kStageBytes + 4 * part;
       stage = stage + 1 == kStages ? 0 : stage + 1;
-      float d[kRows][kTokens][4] = {}, ones[kTokens][4] = {};  // of a group: codes times inputs, and inputs
+      const Scale<Form>* scale_row = block_scales;
+      block_scales += kWarps * p.groups_of_block;
+      float d[kRows][kTokens][4] = {}, sum_x[kTokens][4] = {};  // of a group: codes times inputs, and inputs
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         uint32_t words[kRows][2];
@@ -210,40 +219,41 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
         for (int half = 0; half < 2; ++half) {
           uint32_t a[kRows][4];
 #pragma unroll
-          for (int i = 0; i < 4 * kRows; ++i)
-            a[i / 4][i % 4] = codes(words[i / 4][i % 2] >> (8 * half + i % 4 / 2 * 4));
+          for (int i = 0; i < 4 * kRows; ++i) a[i / 4][i % 4] = codes(words[i / 4][i % 2], 2 * half + i % 4 / 2);
 #pragma unroll
           for (int i = 0; i < kTokens; ++i) {
-            if (8 * i >= tokens) break;
+            if (i && 8 * i >= tokens) break;
             const uint4& v = inputs[j % kAhead][i];
             const uint32_t low = half ? v.y : v.x, high = half ? v.w : v.z;
             const uint32_t b0 = __byte_perm(low, high, 0x5410), b1 = __byte_perm(low, high, 0x7632);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) ptx::multiply<T>(d[r][i], a[r], b0, b1);
             if constexpr (std::is_same_v<Form, Zeros>) {
-              constexpr uint32_t kOnes = Pair<T>::kOnes, all[4] = {kOnes, kOnes, kOnes, kOnes};
-              ptx::multiply<T>(ones[i], all, b0, b1);
+              constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+              const uint32_t all[4] = {kOne, kOne, kOne, kOne};
+              ptx::multiply<T>(sum_x[i], all, b0, b1);
             }
           }
         }
-        load_inputs(inputs[j % kAhead], (block + (j + kAhead) / 4 * kWarps) * kBlock + (j + kAhead) % 4 * 32);
-        if ((j + 1) % (1 << p.words)) continue;
-        const auto* const scale_row =
-            scales + row * Tile::kPitch + (block - first) * p.groups_of_block + (j >> p.words);
+        load_inputs(inputs[j % kAhead], (j + kAhead) / 4 * kTurn + (j + kAhead) % 4 * 32);
+        if (j < 3 && ((j + 1) & p.last_word)) continue;
 #pragma unroll
         for (int i = 0; i < 2 * kRows; ++i) {
           const Scale<Form> scale = scale_row[8 * i * Tile::kPitch];
 #pragma unroll
           for (int k = 0; k < 2 * kTokens; ++k) {
             float &sum = total[i / 2][k / 2][i % 2 * 2 + k % 2], &product = d[i / 2][k / 2][i % 2 * 2 + k % 2];
-            if constexpr (std::is_same_v<Form, Zeros>) sum = fmaf(ones[k / 2][k % 2], scale.y, sum);
+            if constexpr (std::is_same_v<Form, Zeros>) sum = fmaf(sum_x[k / 2][k % 2], scale.y, sum);
             sum = fmaf(product, scale_of(scale), sum);
             product = 0.0f;
           }
         }
 #pragma unroll
-        for (int i = 0; i < 4 * kTokens; ++i) ones[i / 4][i % 4] = 0.0f;
+        for (int i = 0; i < 4 * kTokens; ++i) sum_x[i / 4][i % 4] = 0.0f;
+        ++scale_row;
       }
+      x += kTurn;
+      inputs_left -= kTurn;
     }
   }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from emulate import compile_launches, execute
-from scrimp.kernels import linear, rms_norm
+from scrimp.kernels import codebook_topk, linear, rms_norm
 from torch import Tensor
 
 
@@ -54,3 +54,23 @@ def test_linear(outputs: tuple[int, ...]) -> None:
         execute(launches)
         assert torch.equal(alone, whole[:5, columns])
         first += len(weight)
+
+
+def test_codebook_topk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside wild rows, and with the codes in one range."""
+    codebook, bias = torch.randn(2, 150, 72).bfloat16(), torch.randn(2, 150)
+
+    def run(x: Tensor) -> list[Tensor]:
+        results, launches = codebook_topk.launches(x, codebook, bias, 5, True, True)
+        execute(launches)
+        return [result.flatten(1).float() for result in results]
+
+    x = torch.randn(70, 144).bfloat16()
+    whole = torch.cat(run(x), 1)
+    for rows in (1, 17, 64):
+        assert torch.equal(torch.cat(run(x[:rows]), 1), whole[:rows]), rows
+    wild = x.clone()
+    wild[::2] = torch.nan
+    assert torch.equal(torch.cat(run(wild), 1)[1::2], whole[1::2])
+    monkeypatch.setattr(codebook_topk, "PROGRAMS", 1)
+    assert torch.equal(torch.cat(run(x), 1), whole)

@@ -11,6 +11,7 @@ from torch.library import opcheck
 import scrimp
 from scrimp import Int4Weight
 from scrimp._registry import OPS
+from scrimp.int4_weight import Int4Channels
 from scrimp.int4_weight.check import ZERO_KINDS
 from scrimp.testing import assert_matches_oracle, same_bits
 
@@ -19,6 +20,7 @@ IMPLEMENTATIONS = scrimp.implementations("decoder_layers")
 ALL = IMPLEMENTATIONS | {"reference": OP.reference}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAMES = ("x", "k_caches", "v_caches")
+LISTS = ("norms", "linears", "selections", "k_caches", "v_caches")
 ORDER = OP.call._schema.arguments
 H, G, D, WIDTH, HIDDEN, SLOTS = 4, 2, 8, 32, 48, 20
 # outputs and inputs of q, k, v, o, gate, up, down
@@ -31,7 +33,9 @@ SIZES = [
     (HIDDEN, WIDTH),
     (WIDTH, HIDDEN),
 ]
-KINDS = ("dense", "biased", "exact", "int8")
+GROUPS = ((0, 3), (3, 4), (4, 6), (6, 7))
+DENSE, SPARSE = ("dense", "biased", "exact", "int8"), ("sparse", "sparse-whole", "sparse-exact", "sparse-int8")
+KINDS = (*DENSE, *SPARSE)
 
 
 def linear_layer(kind: str, N: int, K: int, dtype: torch.dtype) -> tuple[list[Tensor | None], list[int]]:
@@ -39,10 +43,26 @@ def linear_layer(kind: str, N: int, K: int, dtype: torch.dtype) -> tuple[list[Te
     bias = torch.randn(N).to(dtype) if kind != "dense" else None
     if kind in ("dense", "biased"):
         return [(torch.randn(N, K) / K**0.5).to(dtype), bias, None, None, None, None], [0, 0, 0]
+    if kind in ("sparse", "sparse-whole"):
+        return [(torch.randn(K, N) / K**0.5).to(dtype), bias, None, None, None, None], [0, 0, 0]
     codes, scales = torch.randint(16, (N, K)), torch.rand(N, K // 16) / (4 * K**0.5)
     weight = Int4Weight.from_codes(codes, scales, torch.randint(16, scales.shape, dtype=torch.uint8), zero_kind="uint8")
-    qweight, *rest = weight.tensors().values()
-    return [qweight, bias, *rest], [16, ZERO_KINDS.index("uint8"), int(kind == "int8")]
+    turned = Int4Channels.of(weight) if kind in SPARSE else weight
+    codes, *rest = turned.tensors().values()
+    return [codes, bias, *rest], [16, ZERO_KINDS.index("uint8"), int(kind.endswith("int8"))]
+
+
+def group(kind: str, sizes: list[tuple[int, int]], dtype: torch.dtype) -> tuple[list, list, list]:
+    """What the op takes of layers of one input: tensors, numbers, selection. Sparse q, k and v lie in one matrix."""
+    K, joined = sizes[0][1], kind in ("sparse", "sparse-whole") and len(sizes) == 3
+    made = [linear_layer(kind, N, K, dtype) for N in ([sum(N for N, _ in sizes)] if joined else [N for N, _ in sizes])]
+    made += [([None] * 6, [0, 0, 0])] * (len(sizes) - len(made))
+    selection: list[Tensor | None] = [None] * 3
+    if kind == "sparse-whole":
+        selection[0] = torch.tensor([-1.0])
+    elif kind in SPARSE:
+        selection = [torch.tensor([0.8]), torch.rand(K) + 0.5, torch.randn(K) / 4 if len(sizes) < 3 else None]
+    return [tensor for tensors, _ in made for tensor in tensors], [n for _, numbers in made for n in numbers], selection
 
 
 def inputs(
@@ -50,7 +70,7 @@ def inputs(
 ) -> dict[str, Any]:
     """Arguments of one layer for each of `kinds`; the last layer has a window."""
     layers, angle = len(kinds), 6 * torch.rand(SLOTS, D)
-    parts = [linear_layer(kind, N, K, dtype) for kind in kinds for N, K in SIZES]
+    groups = [group(kind, SIZES[first:end], dtype) for kind in kinds for first, end in GROUPS]
     norms: list[Tensor | None] = []
     for _ in kinds:
         norms += [torch.rand(n).to(dtype) + 0.5 if n != D or normed else None for n in (WIDTH, D, D, WIDTH)]
@@ -59,8 +79,9 @@ def inputs(
         "x": torch.randn(B, T, WIDTH).to(dtype),
         "norms": norms,
         "eps": [1e-6] * 4 * layers,
-        "linears": [tensor for tensors, _ in parts for tensor in tensors],
-        "formats": [number for _, numbers in parts for number in numbers],
+        "linears": [tensor for tensors, _, _ in groups for tensor in tensors],
+        "formats": [number for _, numbers, _ in groups for number in numbers],
+        "selections": [t for _, _, selection in groups for t in selection] if {*SPARSE} & {*kinds} else [],
         "cos": angle.cos(),
         "sin": angle.sin(),
         "positions": start[:, None] + torch.arange(T, dtype=torch.int32),
@@ -94,23 +115,30 @@ def op_by_op(*values: Any) -> Tensor:
         def norm(of: Tensor, which: int, norms: Any = norms, eps: Any = eps) -> Tensor:
             return of if norms[which] is None else call["rms_norm"](of, norms[which], eps[which])
 
-        def product(of: Tensor, first: int, end: int, residual: Tensor | None = None, layers: Any = layers) -> Tensor:
-            some = layers[first:end]
+        def product(of: Tensor, which: int, residual: Tensor | None = None, layers: Any = layers, i: int = i) -> Tensor:
+            some, listed = layers[slice(*GROUPS[which])], []
+            selection = a["selections"][12 * i + 3 * which :][:3]
+            if selection and selection[0] is not None:
+                of, *listed, _ = call["channel_select"](of, *selection, None, 1, False)
+                some = [(t, numbers) for t, numbers in some if t[0] is not None]
             if some[0][1][0] == 0:
-                return call["linear"](of, [t[0] for t, _ in some], [t[1] for t, _ in some], residual)
-            y = torch.cat([call["int4_linear"](of, t[0], *t[2:], t[1], *numbers) for t, numbers in some], -1)
+                if not listed:
+                    return call["linear"](of, [t[0] for t, _ in some], [t[1] for t, _ in some], residual)
+                return torch.cat([call["sparse_linear"](of, t[0], *listed, t[1], residual) for t, _ in some], -1)
+            op = call["int4_sparse_linear" if listed else "int4_linear"]
+            y = torch.cat([op(of, t[0], *t[2:], *listed, t[1], *numbers) for t, numbers in some], -1)
             return y if residual is None else y + residual
 
-        q, k, v = product(norm(x, 0), 0, 3).unflatten(-1, (-1, D)).split([H, G, G], 2)
+        q, k, v = product(norm(x, 0), 0).unflatten(-1, (-1, D)).split([H, G, G], 2)
         rope = (a["cos"], a["sin"], a["positions"], a["start"], k_cache, v_cache)
         q = call["rotary_append"](norm(q, 1), norm(k, 2), v, *rope)
         seen = call["tree_attention"](q, k_cache, v_cache, a["prefix"], a["ancestors"], window, a["scale"])[0]
-        x = product(seen.transpose(1, 2).flatten(2), 3, 4, x)
-        gate, up = product(norm(x, 3), 4, 6).chunk(2, -1)
+        x = product(seen.transpose(1, 2).flatten(2), 1, x)
+        gate, up = product(norm(x, 3), 2).chunk(2, -1)
         hidden = (
             call["silu_mul"](gate, up) if a["activation"] == 0 else call["gelu_mul"](gate, up, a["activation"] == 2)
         )
-        x = product(hidden, 6, 7, x)
+        x = product(hidden, 3, x)
     return x
 
 
@@ -121,13 +149,14 @@ def test_implementations_exist() -> None:
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_oracle(name: str, kind: str) -> None:
-    args = inputs((kind, kind) if kind != "int8" else (kind,))  # a rounded activation's next integer is another input
+    # a rounded activation's next integer is another input
+    args = inputs((kind,) if kind.endswith("int8") else (kind, kind))
 
     def reference(*floats: Tensor) -> tuple[Tensor, ...]:
         names = ("x", "cos", "sin")
         wide = floats[0].dtype
         some = dict(zip(names, floats, strict=True))
-        lists = {key: [_wide(t, wide) for t in args[key]] for key in ("norms", "linears", "k_caches", "v_caches")}
+        lists = {key: [_wide(t, wide) for t in args[key]] for key in LISTS}
         return run(OP.reference, args | some | lists)
 
     got = run(IMPLEMENTATIONS[name], args)
@@ -189,7 +218,7 @@ def test_no_layers_and_no_rows(name: str) -> None:
 
 
 def test_opcheck() -> None:
-    opcheck(OP.call, tuple(inputs(("dense", "int8")).values()))
+    opcheck(OP.call, tuple(inputs(("dense", "int8", "sparse", "sparse-exact")).values()))
 
 
 MALFORMED = {
@@ -199,7 +228,11 @@ MALFORMED = {
     "no norm": ({"norms": [None] * 4}, "norm of layer 0 is missing"),
     "linears": ({"linears": []}, "0 tensors|linears has 0 entries"),
     "no weight": ({"linears": [None] * 42}, "part 0 of layer 0 has no weight"),
-    "kinds": ({"formats": [16, 1, 0] + [0] * 18}, "parts 0 .*of layer 0 must.* be dense, or all 4-bit|no scales"),
+    "kinds": ({"formats": [0, 0, 0, 16, 1, 0] + [0] * 15}, "parts 0 .*of layer 0 must.* be dense, or|no scales"),
+    "selections": ({"selections": [None] * 3}, "3 selections.* 1 layers"),
+    "level": ({"selections": [torch.ones(2), *[None] * 11]}, r"level must be .*\[1\]"),
+    "scale": ({"selections": [torch.ones(1), torch.ones(3), *[None] * 10]}, "scale .*must be"),
+    "sparse weight": ({"selections": [None] * 6 + [torch.ones(1), *[None] * 5]}, r"weight .*\[32, N\]"),
     "windows": ({"windows": []}, "0 windows|windows has 0 entries"),
     "heads": ({"heads": 0}, "heads=0 must be at least 1"),
     "other heads": ({"heads": 3}, "layer 0 gives 64 numbers for 3 and 2 heads of 8"),
@@ -216,9 +249,15 @@ def test_malformed(name: str, fault: str) -> None:
 
 
 def test_public_function() -> None:
-    args = inputs(("dense", "exact"))
-    expected = run(OP.call, args)
-    for got, wanted in zip(run(scrimp.ops.decoder_layers, args | {"activation": "silu"}), expected, strict=True):
-        assert same_bits(got, wanted)
+    names = tuple(inputs(()))
+
+    def by_name(*values: Any) -> Tensor:
+        return scrimp.ops.decoder_layers(**dict(zip(names, values, strict=True)))
+
+    for kinds in (("dense", "exact"), ("sparse", "exact")):
+        args = inputs(kinds)
+        expected = run(OP.call, args)
+        for got, wanted in zip(run(by_name, args | {"activation": "silu"}), expected, strict=True):
+            assert same_bits(got, wanted)
     with pytest.raises(ValueError, match="activation='relu' must be one of silu, gelu, gelu_tanh"):
         scrimp.ops.decoder_layers(**args | {"activation": "relu"})

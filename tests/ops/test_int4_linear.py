@@ -50,6 +50,33 @@ def test_exact_mode_matches_the_oracle(name: str, dtype: torch.dtype, kind: str,
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [1, 72])
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+def test_exact_mode_keeps_its_bound_at_any_magnitude(name: str, group_size: int, rows: int) -> None:
+    """The inputs' error, and one rounding each of 128 additions, 8 blocks and the result, relative to their terms."""
+    weight = random_int4_weight(24, 128, group_size, "none8", dtype=torch.float32)
+    matrix = weight.dequantize(torch.float64)
+    largest = torch.linspace(-148, 104, 72).double().view(-1, 1)
+    x = (torch.randn(72, 128) * 2.0 ** (largest + torch.randint(-20, 20, (72, 128)))).float()
+    y = torch.cat([IMPLEMENTATIONS[name](*arguments(part, weight)) for part in x.split(rows)])
+    of_blocks = x.double().abs().view(72, -1, min(group_size, 32)).amax(-1).clamp(min=2.0**-104)
+    terms = of_blocks @ matrix.abs().view(24, -1, min(group_size, 32)).sum(-1).T
+    error = (y - x.double() @ matrix.T).abs()
+    assert bool((error <= (1.01 * 2.0**-23 + 137 * 2.0**-24) * terms).all()), float((error / terms).max() * 2**23)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_exact_mode_shows_what_is_not_finite(name: str, kind: str, rows: int) -> None:
+    weight, x = random_int4_weight(9, 64, kind=kind, permuted=True), torch.randn(5, 64)
+    x[1, 3], x[2, 40], x[4, 63] = torch.inf, torch.nan, -torch.inf
+    y = torch.cat([IMPLEMENTATIONS[name](*arguments(part, weight)) for part in x.split(rows)])
+    assert not y[[1, 2, 4]].isfinite().any()
+    assert y[[0, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"codebook"}))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

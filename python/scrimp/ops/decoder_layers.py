@@ -12,9 +12,9 @@ from .._registry import OPS, register
 from ._check import check_dtype
 
 SCHEMA = (
-    "(Tensor x, Tensor?[] norms, float[] eps, Tensor?[] linears, int[] formats, Tensor cos, Tensor sin, "
-    "Tensor positions, Tensor start, Tensor prefix, Tensor? ancestors, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, "
-    "int[] windows, int heads, int activation, float scale) -> Tensor"
+    "(Tensor x, Tensor?[] norms, float[] eps, Tensor?[] linears, int[] formats, Tensor?[] selections, "
+    "Tensor cos, Tensor sin, Tensor positions, Tensor start, Tensor prefix, Tensor? ancestors, "
+    "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, int[] windows, int heads, int activation, float scale) -> Tensor"
 )
 OP = "decoder_layers"
 MAX_ROWS = 64
@@ -24,6 +24,8 @@ PARTS = 7  # linear layers of a layer: q, k, v, o, gate, up, down
 GROUPS = ((0, 3), (3, 4), (4, 6), (6, 7))  # parts of one input
 TENSORS = 6  # of a part: weight, bias, scales, zeros, codebook, permutation
 FORMAT = 3  # numbers of a part: group size (0: dense), zero kind, mode
+SELECTION = 3  # tensors of a group: level (None: not sparse), scale, center
+RELATIVE = 1  # the rule of channel_select
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -33,6 +35,7 @@ def _check(
     eps: Sequence[float],
     linears: Sequence[Tensor | None],
     formats: Sequence[int],
+    selections: Sequence[Tensor | None],
     k_caches: Sequence[Tensor],
     v_caches: Sequence[Tensor],
     windows: Sequence[int],
@@ -55,6 +58,8 @@ def _check(
     ):
         if found != layers * each:
             raise ValueError(f"{OP}: {name} has {found} entries; {layers} layers need {layers * each}")
+    if selections and len(selections) != (wanted := layers * len(GROUPS) * SELECTION):
+        raise ValueError(f"{OP}: {len(selections)} selections; {layers} layers need {wanted}, or none")
     if heads < 1:
         raise ValueError(f"{OP}: heads={heads} must be at least 1")
     if not 0 <= activation < len(ACTIVATIONS):
@@ -65,18 +70,30 @@ def _check(
         if norms[i * NORMS] is None or norms[i * NORMS + 3] is None:
             raise ValueError(f"{OP}: a norm of layer {i} is missing; only those of q and k may be None")
         dense = [size == 0 for size in formats[i * PARTS * FORMAT : (i + 1) * PARTS * FORMAT : FORMAT]]
-        for first, end in GROUPS:
-            if len(set(dense[first:end])) > 1:
-                raise ValueError(f"{OP}: parts {first} to {end - 1} of layer {i} must all be dense, or all 4-bit")
-        for part in range(PARTS):
-            weight, _, scales = linears[(i * PARTS + part) * TENSORS :][:3]
-            if weight is None or weight.dim() != 2 or (scales is None and not dense[part]):
-                raise ValueError(f"{OP}: part {part} of layer {i} has no weight [N, K], or no scales")
+        for group, (first, end) in enumerate(GROUPS):
+            sparse = _selection(selections, i, group) is not None
+            for part in range(first, end):
+                weight, _, scales = linears[(i * PARTS + part) * TENSORS :][:3]
+                if part > first and weight is None and sparse:  # the first part holds its outputs
+                    continue
+                if weight is None or weight.dim() != 2 or (scales is None and not dense[part]):
+                    raise ValueError(f"{OP}: part {part} of layer {i} has no weight [N, K], or no scales")
+                if dense[part] != dense[first]:
+                    raise ValueError(f"{OP}: parts {first} and {part} of layer {i} must both be dense, or both 4-bit")
 
 
-def _fake(x: Tensor, norms: list, eps: list, linears: list, formats: list, *rest: object) -> Tensor:
-    _, _, _, _, _, _, k_caches, v_caches, windows, heads, activation, _ = rest
-    _check(x, norms, eps, linears, formats, k_caches, v_caches, windows, heads, activation)  # type: ignore[arg-type]
+def _selection(
+    selections: Sequence[Tensor | None], layer: int, group: int
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Level, scale and center of a group that is sparse."""
+    at = (layer * len(GROUPS) + group) * SELECTION
+    level, *rest = selections[at : at + SELECTION] or [None]
+    return None if level is None else (level, *rest)  # type: ignore[return-value]
+
+
+def _fake(x: Tensor, norms: list, eps: list, linears: list, formats: list, selections: list, *rest: object) -> Tensor:
+    _, _, _, _, _, _, *known, _ = rest
+    _check(x, norms, eps, linears, formats, selections, *known)  # type: ignore[arg-type]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -86,6 +103,7 @@ def reference(
     eps: Sequence[float],
     linears: Sequence[Tensor | None],
     formats: Sequence[int],
+    selections: Sequence[Tensor | None],
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -99,7 +117,7 @@ def reference(
     activation: int,
     scale: float,
 ) -> Tensor:
-    _check(x, norms, eps, linears, formats, k_caches, v_caches, windows, heads, activation)
+    _check(x, norms, eps, linears, formats, selections, k_caches, v_caches, windows, heads, activation)
     x = x.clone()
     for i, (k_cache, v_cache, window) in enumerate(zip(k_caches, v_caches, windows, strict=True)):
         G, D = k_cache.shape[1], k_cache.shape[3]
@@ -110,9 +128,8 @@ def reference(
 
         def apply(group: int, of: Tensor, residual: Tensor | None = None, i: int = i) -> Tensor:
             first, end = (i * PARTS + part for part in GROUPS[group])
-            return _apply(
-                of, linears[first * TENSORS : end * TENSORS], formats[first * FORMAT : end * FORMAT], residual
-            )
+            tensors, numbers = linears[first * TENSORS : end * TENSORS], formats[first * FORMAT : end * FORMAT]
+            return _apply(of, tensors, numbers, _selection(selections, i, group), residual)
 
         qkv = apply(0, norm(x, 0))
         if qkv.shape[-1] != (heads + 2 * G) * D:
@@ -132,15 +149,30 @@ def _by(op: str) -> Callable[..., Any]:
     return OPS[op].reference
 
 
-def _apply(x: Tensor, tensors: Sequence[Tensor | None], formats: Sequence[int], residual: Tensor | None) -> Tensor:
+def _apply(
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    formats: Sequence[int],
+    selection: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    residual: Tensor | None,
+) -> Tensor:
     """Parts of one input, side by side."""
     parts = [tensors[at : at + TENSORS] for at in range(0, len(tensors), TENSORS)]
-    if formats[0] == 0:
+    dense, listed = formats[0] == 0, ()
+    if selection is not None:
+        x, *listed, _ = _by("channel_select")(x, *selection, None, RELATIVE, False)
+    elif dense:
         weights = [part[0] for part in parts]
         return _by("linear")(x, weights, [part[1] for part in parts], residual)
     out = []
     for i, (weight, bias, *rest) in enumerate(parts):
-        out.append(_by("int4_linear")(x, weight, *rest, bias, *formats[i * FORMAT : (i + 1) * FORMAT]))
+        if weight is None:
+            continue
+        if dense:
+            out.append(_by("sparse_linear")(x, weight, *listed, bias, None))
+        else:
+            op = _by("int4_sparse_linear" if listed else "int4_linear")
+            out.append(op(x, weight, *rest, *listed, bias, *formats[i * FORMAT : (i + 1) * FORMAT]))
     y = torch.cat(out, -1)
     return y if residual is None else y + residual
 
@@ -166,6 +198,7 @@ def decoder_layers(
     heads: int,
     activation: str,
     scale: float,
+    selections: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Decoder layers, one after the other, on T new rows of each sequence; their keys and values enter the caches.
 
@@ -197,6 +230,11 @@ def decoder_layers(
         heads: query heads H.
         activation: "silu", "gelu" or "gelu_tanh".
         scale: of the attention scores.
+        selections: empty where every linear layer reads all of its input. Else 3 for each of a layer's 4 inputs (of
+            q, k, v; of o; of gate, up; of down): level fp32 `[1]`, scale and center fp32 `[K]` or None, of
+            `channel_select`'s rule "relative"; a level of -1 keeps all channels. Linear layers of such an input are
+            those of `sparse_linear` (weights `[K, N]`) or `int4_sparse_linear` (the tensors of `Int4Channels`); the
+            first may hold the outputs of all, with None for everything of the others. A level of None: not sparse.
 
     Returns:
         `[B, T, d]`, the state behind the last layer.
@@ -219,6 +257,6 @@ def decoder_layers(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
     which = ACTIVATIONS.index(activation)
-    _check(x, norms, eps, linears, formats, k_caches, v_caches, windows, heads, which)
+    _check(x, norms, eps, linears, formats, selections, k_caches, v_caches, windows, heads, which)
     sees = (cos, sin, positions, start, prefix, ancestors, k_caches, v_caches, windows, heads, which, scale)
-    return _call(x, norms, eps, linears, formats, *sees)
+    return _call(x, norms, eps, linears, formats, selections, *sees)

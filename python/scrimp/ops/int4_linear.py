@@ -160,8 +160,10 @@ _call = register("int4_linear", SCHEMA, fake=_fake, reference=reference, cuda_ta
 def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, mode: str = "exact") -> Tensor:
     """A linear layer whose weight is 4-bit codes: y = x W^T + bias, with W as `weight.dequantize()` would give it.
 
-    mode "exact": floating activations; equal to the product with the dequantized matrix but for the rounding of fp32
-    sums. mode "int8": activations are rounded, row by row and block by block of b = min(group_size, 128) columns, to
+    mode "exact": equal to the product with the dequantized matrix but for the rounding of fp32 sums. (A CPU with VNNI
+    adds integers of 24 bits where there is no codebook: x is rounded to multiples of a power of two, of at most
+    1.01 2^-22 a or 2^-126, with a = max|x| of each min(group_size, 32) columns, and their sum over these is exact.)
+    mode "int8": activations are rounded, row by row and block by block of b = min(group_size, 128) columns, to
     integers X = round(127 x / a) of -127 to 127 with a = max|x| of the block (`quantize_rows` has the corner cases):
 
         y_n = sum_blocks (a / 127) t_n + bias_n,   D = sum_k q_nk X_k and S = sum_k X_k, exact integers
@@ -177,8 +179,8 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, mo
         mode: "exact" or "int8"; a codebook must be int8 for the latter.
 
     Returns:
-        `[..., N]` contiguous in the dtype of `x`, rounded once. Int8 mode turns a row that holds an infinity or a
-        NaN into NaNs.
+        `[..., N]` contiguous in the dtype of `x`, rounded once. A row that holds an infinity or a NaN has no finite
+        output; in int8 mode, NaNs only.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an unknown mode, with the value.

@@ -120,22 +120,20 @@ MUTANTS = {
     "a block is used before it is there": planted(nth(r"wait_group 4", 0, "wait_group 5"), *RACE),
     "copies are not waited for": planted(nth(r"cp\.async\.wait_group 0;", 0, ""), *RACE),
     **{f"commit {k} removed": planted(nth(COMMIT, k, ""), *RACE) for k in (0, 4, 5)},
-    "codes of rows behind the last": planted(line("const bool there", r"setp\.lt\.s32", 2, "setp.le.s32"), OUT),
-    "codes of columns behind the last": planted(line("const bool there", r"setp\.lt\.s32", None, "setp.le.s32"), OUT),
+    "codes of rows behind the last": planted(line("columns_left > 0 &&", r"setp\.lt\.s32", None, "setp.le.s32"), OUT),
+    "codes of columns behind the last": planted(nth(r"setp\.gt(\.s32\s+%p\d+, %r\d+, 2048;)", 0, r"setp.ge\1"), OUT),
     "pieces of codes stay where they are": planted(
         nth(r"xor\.b32(\s+%r\d+), %r\d+, (%r\d+);", 0, r"mov.b32\1, \2;"), "value"
     ),
-    "rows of x behind the last": planted(line("to[i] = 8 * i + row < tokens", r"setp\.ge", 1, "setp.gt"), OUT),
-    "columns of x behind the last": planted(
-        line("load_inputs(inputs[j % kAhead]", r"setp\.le\.s32", None, "setp.lt.s32"), OUT
-    ),
-    "base of the codes": planted(line("const uint32_t based", ", 1124090624;", None, ", 1124090625;"), "value"),
-    "mask of the codes": planted(line("const uint32_t based", ", 983055;", None, ", 983054;"), "value"),
+    "rows of x behind the last": planted(line("row + 8 * i < tokens", r"setp\.ge", 1, "setp.gt"), OUT),
+    "columns of x behind the last": planted(nth(r"(setp\.lt\.s32\s+%p\d+, %r\d+), 545;", 0, r"\1, 544;"), OUT),
+    "base of the codes": planted(nth(", 1124090624;", 0, ", 1124090625;"), "value"),
+    "mask of the codes": planted(nth(", 983055;", 0, ", 983054;"), "value"),
     "codes from elsewhere": planted(nth(r"(shr\.u32\s+%r\d+, %r\d+), 8;", 0, r"\1, 7;"), "value"),
     "inputs beside the wrong codes": planted(nth(r"(mov\.u32\s+%r\d+), 21520;", 0, r"\1, 30258;"), "value"),
     "operand A exchanged": planted(nth(OPERAND_A, 0, r"\1\3,\2"), "value"),
     "operand B exchanged": planted(nth(OPERAND_B, 0, r"\1\3,\2"), "value"),
-    "scale of the next group": planted(nth(r"(ld\.shared\.v2\.f32[^;]*\+)49152\];", 0, r"\g<1>49160];"), "value"),
+    "scale of the next group": planted(nth(r"(ld\.shared\.v2\.f32[^;]*%r\d+)\];", 0, r"\1+8];"), "value"),
     "sign of a zero": planted(
         line("to = {s, p.kind", r"sub\.f32(\s+%f\d+), (%f\d+), (%f\d+);", None, r"sub.f32\1, \3, \2;"), "value"
     ),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,9 @@ import transformers
 from torch import Tensor
 
 import scrimp
-from scrimp import Calibration
+from scrimp import Calibration, KVCache
+from scrimp.methods.generation import DecoderModel, forward
+from scrimp.methods.generation.loop import step
 
 TEXT = torch.randint(1, 256, (3, 60), generator=torch.Generator().manual_seed(5))
 SIZES = {
@@ -56,3 +59,24 @@ def calibrated(tiny: Callable[[str], Any]) -> Callable[[str], tuple[Any, Calibra
         return copy.deepcopy(model), _calibrated(model)
 
     return make
+
+
+@pytest.fixture
+def same_in_one_call() -> Callable[[DecoderModel], None]:
+    """Checks that decoded tokens have the same bits by `decoder_layers` and by the ops one by one."""
+
+    def check(view: DecoderModel) -> None:
+        caches = []
+        assert view.packed(range(len(view.layers))) is not None
+        for model in (view, replace(view, packing=False)):
+            cache = KVCache(model, 2, 16)
+            for b, tokens in enumerate(([3, 1, 4], [1, 5])):
+                forward.prefill(cache, b, tokens, panels=False, patterns=None)
+            caches.append(cache)
+        for token in (9, 200, 26):
+            state, expected = (step(cache, [token, token + 1]) for cache in caches)
+            assert torch.equal(state, expected)
+        one, other = (cache.memory for cache in caches)
+        assert torch.equal(one[:, :, 0, :, :6], other[:, :, 0, :, :6])
+
+    return check

@@ -11,7 +11,7 @@ from torch import Tensor
 import scrimp
 from scrimp import Calibration, KVCache
 from scrimp.methods.evaluate import Reader, quality
-from scrimp.methods.generation import decoder_model, forward
+from scrimp.methods.generation import DecoderModel, decoder_model, forward
 from scrimp.methods.generation.loop import step
 from scrimp.methods.tree_decoding import SelfDraft
 from scrimp.methods.wina import METHODS, metered
@@ -50,6 +50,43 @@ def test_the_loop_and_stock_generate_agree(family: str, method: str, calibrated:
     assert 0.3 < usage.dropped < 0.7
     assert all(layer.bytes_saved > 0 for layer in usage.layers())
     assert found != tokens(calibrated(family)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama-biases-tied", "qwen2", "qwen3"])
+def test_layers_in_one_call_have_the_bits_of_their_ops(
+    family: str, dtype: torch.dtype, calibrated: Calibrated, same_in_one_call: Callable[[DecoderModel], None]
+) -> None:
+    view = decoder_model(sparse(calibrated, family, "wina-centred").to(dtype))
+    for model in (view, view.for_prompts):
+        same_in_one_call(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "wina-rotated"}, {"method": "cats", "sparsity": 0.2}, {"max_error": 0.5}]
+)
+def test_what_the_call_does_not_know_goes_op_by_op(options: dict[str, Any], calibrated: Calibrated) -> None:
+    model, calibration = calibrated("llama")
+    scrimp.sparsify(model, calibration, **options)
+    view = decoder_model(model)
+    assert view.packed(range(len(view.layers))) is None
+    assert (view.for_prompts.packed(range(len(view.layers))) is None) == ("method" in options)
+
+
+def test_meters_see_every_call(calibrated: Calibrated) -> None:
+    """Also of a view that has run before without one, and will afterwards."""
+    view = decoder_model(model := sparse(calibrated))
+    which, expected = range(len(view.layers)), tokens(view)
+    assert view.packed(which) is not None
+    with metered(model) as usage:
+        assert view.packed(which) is None
+        assert tokens(view) == expected
+    assert view.packed(which) is not None
+    assert 0.3 < usage.dropped < 0.7
+    counted = [meter.rows for _, meter in usage.meters.values()]
+    assert counted == [2 * 11] * 14  # of 12 tokens each, the first comes of the prompt
+    assert tokens(view) == expected
+    assert [meter.rows for _, meter in usage.meters.values()] == counted
 
 
 def test_a_sequence_does_not_depend_on_its_company(calibrated: Calibrated) -> None:

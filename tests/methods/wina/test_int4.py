@@ -10,7 +10,7 @@ import torch
 import scrimp
 from scrimp import Calibration
 from scrimp.int4_weight import Int4Channels
-from scrimp.methods.generation import decoder_model
+from scrimp.methods.generation import DecoderModel, decoder_model
 from scrimp.methods.generation.linear import SideBySide
 from scrimp.methods.int4 import Int4Linear
 from scrimp.methods.tree_decoding import SelfDraft
@@ -150,6 +150,19 @@ def test_the_loop_and_stock_generate_agree(mode: str, method: str, quantized: Ca
     assert 0.3 < usage.dropped < 0.7
     assert all(layer.bytes_saved > 0 for layer in usage.layers())
     assert found != tokens(quantized(mode)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_in_one_call_have_the_bits_of_their_ops(
+    mode: str, quantized: Callable[..., Calibrated], same_in_one_call: Callable[[DecoderModel], None]
+) -> None:
+    model, calibration = quantized(mode)
+    scrimp.sparsify(model, calibration, 0.5)
+    for view in (decoder_model(model), decoder_model(model).for_prompts):
+        same_in_one_call(view)
+    with metered(model):
+        assert view.packed(range(2)) is not None  # prompts skip nothing
+        assert decoder_model(model).packed(range(2)) is None
 
 
 def test_a_sparse_draft_loses_nothing(quantized: Callable[..., Calibrated]) -> None:

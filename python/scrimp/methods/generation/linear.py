@@ -7,7 +7,7 @@ the loop never asks what it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,35 @@ class Linear(Protocol):
 
 # A linear layer as `scrimp.ops.decoder_layers` takes it: weight, bias, scales, zeros, codebook, permutation; format
 Part = tuple[tuple[Tensor | None, ...], tuple[int, ...]]
+NO_PART: Part = ((None,) * 6, (0, 0, 0))  # of a layer whose outputs an earlier one of its input holds
+
+
+class Metered(Protocol):
+    """A layer that tells a meter, while there is one, of each of its calls."""
+
+    meter: object | None
+
+
+class Packed(NamedTuple):
+    """Linear layers of one input as `scrimp.ops.decoder_layers` takes them.
+
+    Attributes:
+        parts: the layers, in order.
+        selection: level, scale and center of the choice of channels; no level where they are not sparse.
+        metered: those that must be called one by one while they have a meter.
+    """
+
+    parts: list[Part]
+    selection: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    metered: Sequence[Metered] = ()
 
 
 @runtime_checkable
 class Packable(Linear, Protocol):
-    """One that `scrimp.ops.decoder_layers` computes too, to the bit."""
+    """One that `scrimp.ops.decoder_layers` may compute too, to the bit."""
 
-    def pack(self) -> list[Part]:
-        """Its layers, in order."""
+    def pack(self) -> Packed | None:
+        """As the op takes it; None where the op does not compute this one."""
         ...
 
 
@@ -71,11 +92,14 @@ class DenseLinear:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return _linear(x, self.weights, self.biases, residual)
 
-    def pack(self) -> list[Part]:
+    def pack(self) -> Packed:
         """As `Packable` says."""
-        biases = self.biases or [None] * len(self.weights)
-        pairs = zip(self.weights, biases, strict=True)
-        return [((weight, bias, None, None, None, None), (0, 0, 0)) for weight, bias in pairs]
+        return Packed(dense_parts(self.weights, self.biases or [None] * len(self.weights)))
+
+
+def dense_parts(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Part]:
+    """Dense layers for `Packed`."""
+    return [((weight, bias, *[None] * 4), (0, 0, 0)) for weight, bias in zip(weights, biases, strict=True)]
 
 
 class SideBySide:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import Linear, for_prompts
-from .packed import PackedLayers, can_pack
+from .packed import PackedLayers, pack
 
 MAX_ROWS = 64  # rows in all for which every op is row-invariant
 POSITION_BLOCK = 1024
@@ -123,12 +123,14 @@ class DecoderModel:
 
     def packed(self, layers: Sequence[int]) -> PackedLayers | None:
         """Some layers for one call; None where that call does not compute them."""
+        if not self.packing:
+            return None
         which = tuple(layers)
         if which not in self._packed:
             some = [self.layers[i] for i in which]
-            wanted = self.packing and can_pack(some, self.device)
-            self._packed[which] = PackedLayers(some, self.heads, self.activation, self.scale) if wanted else None
-        return self._packed[which]
+            self._packed[which] = pack(some, self.device, self.heads, self.activation, self.scale)
+        together = self._packed[which]
+        return None if together is None or together.is_metered else together
 
     @property
     def vocabulary(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from ...int4_weight import Int4Weight
 from ...int4_weight.check import ZERO_KINDS
 from ...ops import int4_linear
 from ...ops.int4_linear import MODES
-
-if TYPE_CHECKING:
-    from ..generation.linear import Part
+from ..generation.linear import Packed, Part
 
 _int4_linear = OPS["int4_linear"].call
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
@@ -117,12 +115,12 @@ class EngineInt4:
         out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return out if residual is None else out + residual
 
-    def pack(self) -> list[Part]:
+    def pack(self) -> Packed:
         """As `scrimp.methods.generation.linear.Packable` says."""
-        found: list[Part] = []
+        parts: list[Part] = []
         for qweight, scales, zeros, codebook, permutation, bias, *format in self._arguments:
-            found.append(((qweight, bias, scales, zeros, codebook, permutation), tuple(format)))
-        return found
+            parts.append(((qweight, bias, scales, zeros, codebook, permutation), tuple(format)))
+        return Packed(parts)
 
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:

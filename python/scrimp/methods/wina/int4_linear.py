@@ -13,7 +13,7 @@ from ..._registry import OPS
 from ...int4_weight import Int4Channels, Int4Weight
 from ...ops.channel_select import Selected
 from ...ops.int4_linear import MODES
-from ..generation.linear import Linear, SideBySide
+from ..generation.linear import Linear, Packed, Part, SideBySide
 from ..int4.blocks import replace_module
 from ..int4.linear import Int4Linear, int4_layers
 from .calibration import Group
@@ -159,6 +159,10 @@ class EngineInt4Sparse:
             layer.note(selected)
         return side_by_side([product(selected, layer, layer.offset) for layer in self.layers], residual)
 
+    def pack(self) -> Packed | None:
+        """As `scrimp.methods.generation.linear.Packable` says."""
+        return self.selection.pack([_part(layer, layer.offset) for layer in self.layers], self.layers)
+
 
 class EngineInt4Whole:
     """The layers of an EngineInt4Sparse without any selection, on the same memory."""
@@ -169,6 +173,17 @@ class EngineInt4Whole:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         whole = everything(x)
         return side_by_side([product(whole, layer, layer.bias) for layer in self.layers], residual)
+
+    def pack(self) -> Packed | None:
+        """As `scrimp.methods.generation.linear.Packable` says."""
+        whole = self.layers[0].selection.everything()
+        return whole.pack([_part(layer, layer.bias) for layer in self.layers])
+
+
+def _part(layer: Int4SparseLinear, bias: Tensor | None) -> Part:
+    channels = layer.channels
+    codes, *rest = channels.tensors().values()
+    return (codes, bias, *rest), (*channels.numbers(), MODES.index(layer.mode))
 
 
 def side_by_side(parts: Sequence[Tensor], residual: Tensor | None) -> Tensor:

@@ -11,12 +11,13 @@ from torch.nn import functional
 
 from ..._registry import OPS
 from ...ops.channel_select import RULES, Selected
-from ..generation.linear import Linear, SideBySide
+from ..generation.linear import NO_PART, Linear, Packed, Part, SideBySide, dense_parts
 from ..generation.model import MAX_ROWS
 from .certificate import certificate
 from .usage import Meter
 
 RULE = RULES.index("relative")
+ALL = -1.0  # a level below every score
 
 _channel_select = OPS["channel_select"].call
 _linear = OPS["linear"].call
@@ -62,6 +63,16 @@ class Selection:
             return x
         out: Tensor = _linear(x, [self.axes], [], None)
         return out
+
+    def everything(self) -> Selection:
+        """All channels of the same rows."""
+        return Selection(torch.full_like(self.level, ALL), axes=self.axes)
+
+    def pack(self, parts: list[Part], layers: Sequence[nn.Module] = ()) -> Packed | None:
+        """Layers of this input for `scrimp.ops.decoder_layers`, which knows neither limits nor other bases."""
+        if self.limit is not None or self.axes is not None:
+            return None
+        return Packed(parts, (self.level, self.scale, self.center), layers)  # type: ignore[arg-type]
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follows the layers, which share it; what scores are made of stays fp32."""
@@ -170,7 +181,7 @@ class EngineSparse:
         self.weights = stacked([layer.weight for layer in layers])
         self.offsets = self._of_weights([layer.offset for layer in layers])
         biases = self._of_weights([layer.bias for layer in layers])
-        self.dense = EngineWhole(self.sizes, self.weights, biases, self.selection.turned)
+        self.dense = EngineWhole(self.sizes, self.weights, biases, self.selection)
 
     def _of_weights(self, biases: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The layers' biases as `weights` are: joined where that is one matrix."""
@@ -186,6 +197,10 @@ class EngineSparse:
             layer.note(selected)
         return _side_by_side(selected, self.weights, self.offsets, residual)
 
+    def pack(self) -> Packed | None:
+        """As `scrimp.methods.generation.linear.Packable` says."""
+        return self.selection.pack(_parts(self.sizes, self.weights, self.offsets), self.layers)
+
 
 class EngineWhole:
     """The layers of an EngineSparse without any selection, on the same memory."""
@@ -195,16 +210,24 @@ class EngineWhole:
         sizes: tuple[int, ...],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        turned: Callable[[Tensor], Tensor] = lambda x: x,
+        selection: Selection,
     ) -> None:
-        self.sizes, self.weights, self.biases, self.turned = sizes, list(weights), list(biases), turned
+        self.sizes, self.weights, self.biases, self.selection = sizes, list(weights), list(biases), selection
         K, device = weights[0].shape[0], weights[0].device
         self.index = torch.arange(K, dtype=torch.int32, device=device)
         self.count = torch.tensor([K], dtype=torch.int32, device=device)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = self.turned(x)
+        x = self.selection.turned(x)
         return _side_by_side((x, self.index, self.count, x), self.weights, self.biases, residual)
+
+    def pack(self) -> Packed | None:
+        """As `scrimp.methods.generation.linear.Packable` says."""
+        return self.selection.everything().pack(_parts(self.sizes, self.weights, self.biases))
+
+
+def _parts(sizes: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Part]:
+    return dense_parts(weights, biases) + [NO_PART] * (len(sizes) - len(weights))
 
 
 def _side_by_side(

@@ -1,4 +1,4 @@
-// int4_linear, one row of x in exact mode: what one row costs beyond reading the codes is their conversion, so that
+// int4_linear, one row of x as values: what one row costs beyond reading the codes is their conversion, so that
 // codes become values in registers and are used at once.
 //
 // A sum of products in the order of the columns is one chain of additions. A few chunks of a few outputs are walked at
@@ -15,7 +15,7 @@ constexpr int kSide = 4;         // chunks side by side, at most
 constexpr int kChunkWords = 16;  // words of 8 columns of a chunk
 
 // Whether a row is multiplied by what follows.
-SCRIMP_INLINE bool by_chunks(const Int4Rows& x) { return !x.int8 && x.rows == 1 && x.columns % 8 == 0; }
+SCRIMP_INLINE bool by_chunks(const Int4Rows& x) { return !x.limbs && x.rows == 1 && x.columns % 8 == 0; }
 
 // Sums over the words [first, last) of each of C chunks, for kLanes outputs. words: [chunk][word][output].
 template <bool Book, int C>
@@ -41,7 +41,7 @@ void add_words(const FloatCodes<Book>& codes, const uint32_t* words, const float
 }
 
 // The panel's outputs, kInt4RowPanel at most, for one row.
-struct ExactRowPanel {
+struct ValuesRowPanel {
   const Int4Panel& p;
   const Int4Rows& x = *p.x;
   float* const totals = p.scratch;                                                        // [output]
