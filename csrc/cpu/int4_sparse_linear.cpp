@@ -21,8 +21,8 @@ namespace scrimp {
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRun = 4096;   // outputs of a channel that a thread reads in one go, where rows are few
-constexpr int64_t kSums = kRun;  // outputs times rows whose sums and totals are in the cache at once
+constexpr int64_t kRun = 8192;       // outputs of a channel that a thread reads in one go, where rows are few
+constexpr int64_t kSums = 4 * kRun;  // outputs times rows whose sums and totals are in the cache at once
 
 // x and one weight, checked.
 struct Int4SparseProblem {
