@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common/vq_head.h"
@@ -40,7 +41,7 @@ static void launch(Arguments p, cudaStream_t stream) {
 
 template <class T>
 static void launch_as(Arguments p, cudaStream_t stream) {
-  const int64_t fit = p.K ? kShared / static_cast<int64_t>(p.K * sizeof(T)) : kRows;
+  const int64_t fit = kShared / static_cast<int64_t>(p.K * sizeof(T));
   const bool wide = aligned(p) && fit;
   p.rows = wide ? std::min<int64_t>(fit, kRows) : kRows;
   wide ? launch<T, 4>(p, stream) : launch<T, 1>(p, stream);
@@ -63,6 +64,7 @@ static Tensor run(const Tensor& h, const Tensor& codebook, const Tensor& codes_a
   shape.back() = V;
   const Tensor logits = torch::stable::new_empty(h, shape);
   if (logits.numel() == 0) return logits;
+  if (codebook.size(0) == 0) return torch::stable::fill_(logits, NAN);
   const Tensor scores = code_scores(h, codebook);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

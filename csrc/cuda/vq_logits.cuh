@@ -40,9 +40,9 @@ __device__ const T* copied(const T* from, int count) {
   return to;
 }
 
-// Launched with blocks x ceil(M / rows) blocks of kThreads. With kWidth 4 V and pointers fit vectors of 16 bytes of
-// codes, and the scores of `rows` rows the shared memory. The logits of a token with a code that is no row of the
-// codebook are NaN.
+// Launched with blocks x ceil(M / rows) blocks of kThreads; K is not 0. With kWidth 4 V and pointers fit vectors of 16
+// bytes of codes, and the scores of `rows` rows the shared memory. The logits of a token with a code that is no row of
+// the codebook are NaN.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) vq_logits_kernel(const __grid_constant__ Arguments p) {
   const int64_t v = (static_cast<int64_t>(blockIdx.x % p.blocks) * kThreads + threadIdx.x) * kWidth;
@@ -54,12 +54,21 @@ __global__ void __launch_bounds__(kThreads) vq_logits_kernel(const __grid_consta
   float total[kRows][kWidth] = {};
   for (int64_t level = 0; level < p.levels; ++level) {
     const auto codes = *reinterpret_cast<const Vector<int32_t, kWidth>*>(p.codes + level * p.V + v);
+    bool known[kWidth];
+    int32_t at[kWidth];  // loads without a condition go on together
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const bool known = codes.x[i] >= 0 && codes.x[i] < p.K;
+      known[i] = codes.x[i] >= 0 && codes.x[i] < p.K;
+      at[i] = known[i] ? codes.x[i] : 0;
+    }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (r < rows) total[r][i] += known ? static_cast<float>(scores[r * p.K + codes.x[i]]) : NAN;
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= rows) break;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const float score = static_cast<float>(scores[r * p.K + at[i]]);
+        total[r][i] += known[i] ? score : NAN;
+      }
     }
   }
   if (p.bias) {

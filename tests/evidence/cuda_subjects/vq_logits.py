@@ -29,7 +29,6 @@ def cases() -> dict[str, Case]:
         "codes off the grid": lambda: shifted(2),
         "bias off the grid": lambda: shifted(3),
         "strided": functools.partial(strided, BRAIN),
-        "no codes": functools.partial(make, 3, 8, 0, 20, 1, HALF),
         "no inputs": functools.partial(make, 3, 0, 5, 20, 1, BRAIN, bias=True),
     }
 
@@ -89,16 +88,19 @@ MUTANTS = {
     ),
     "first codes again": planted(line("const auto codes", *ZERO), "value"),
     "a negative code": planted(
-        line("const bool known", r"setp\.lt\.s32(\s+%p\d+, %r\d+), 0;", 0, r"setp.lt.s32\1, -1;"),
-        *WRONG,
-        "uninitialised",
+        line("known[i] = codes.x[i] >= 0", r"setp\.gt\.s32(\s+%p\d+, %r\d+), -1;", 0, r"setp.gt.s32\1, -2;"), *WRONG
     ),
     "a code past the last": planted(
-        line("const bool known", r"setp\.le\.s64", 0, "setp.lt.s64"), *WRONG, "uninitialised"
+        line("known[i] = codes.x[i] >= 0", r"setp\.gt\.s64", 0, "setp.ge.s64"), "uninitialised", *WRONG
     ),
-    "unknown codes are nothing": planted(line("const bool known", "0f7FC00000", 0, "0f00000000"), "value"),
+    "unknown codes looked up": planted(
+        line("at[i] = known[i]", r"selp\.b32(\s+%r\d+), (%r\d+), 0, %p\d+;", 0, r"mov.b32\1, \2;"),
+        "uninitialised",
+        *WRONG,
+    ),
+    "unknown codes are nothing": planted(line("? score : NAN", "0f7FC00000", 0, "0f00000000"), "value"),
     "a level left out": planted(
-        line("if (r < rows) total", r"add\.f32(\s+%f\d+, %f\d+), %f\d+;", 0, r"add.f32\1, 0f00000000;"), "value"
+        line("? score : NAN", r"add\.f32(\s+%f\d+), %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
     ),
     "no bias": planted(
         line("total[i / kWidth]", r"add\.f32(\s+%f\d+), %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
@@ -123,6 +125,7 @@ SUBJECT = CudaSubject(
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={
+        "no codes": functools.partial(make, 3, 8, 0, 20, 1, HALF, bias=True),
         "no rows": functools.partial(make, 0, 8, 5, 8, 1, SINGLE),
         "no tokens": functools.partial(make, 2, 8, 5, 0, 1, SINGLE),
     },
