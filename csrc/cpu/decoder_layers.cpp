@@ -112,13 +112,13 @@ static void apply_sparse(const Parts& parts, const Tensor& x, const std::optiona
 
 // The 4-bit parts in full, into out.
 static void apply_int4(const Parts& parts, const Tensor& x, const Tensor& out) {
-  for (int64_t i = 0, first = 0; i < parts.count; ++i) {
+  std::vector<Int4WeightOf> weights;
+  for (int64_t i = 0; i < parts.count; ++i) {
     const auto* t = parts.tensors + i * kTensors;
     const auto* f = parts.formats + i * kFormat;
-    const int64_t outputs = parts.outputs(i);
-    int4_linear_to(slice(out, first, outputs), x, *t[0], *t[2], t[3], t[4], t[5], t[1], f[0], f[1], f[2]);
-    first += outputs;
+    weights.push_back({*t[0], *t[2], t[3], t[4], t[5], t[1], f[0], f[1], f[2]});
   }
+  int4_linear_to(out, x, weights);
 }
 
 // x [B, T, K] -> [B, T, sum of the parts' outputs]; all parts dense, or all 4-bit.

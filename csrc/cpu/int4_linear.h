@@ -62,12 +62,16 @@ struct Int4Panel {
   void* out;             // [rows][outputs]
   int64_t out_stride;    // elements
   FloatType type;        // of bias and out
-  float* scratch;        // int4_scratch(rows, blocks) floats
+  float* scratch;        // int4_scratch(*x) floats
 };
 
-// Floats of a panel's scratch: unpacked codes, scales, zeros and sums, or the terms of a vector of outputs.
-inline int64_t int4_scratch(int64_t rows, int64_t blocks) {
-  return kInt4Panel * (kInt4Chunk + 2 * kInt4Groups + rows) + (blocks + kInt4Groups) * kInt4Groups;
+// Floats of scratch: a row of x in whole chunks; then, for a panel, the terms of a vector of outputs where one row of
+// integers is multiplied, else unpacked codes, scales, zeros and sums.
+inline int64_t int4_scratch(const Int4Rows& x) {
+  const int64_t blocks = (x.columns + x.block - 1) / x.block, terms = (blocks + kInt4Groups) * kInt4Groups;
+  const int64_t panel = kInt4Panel * (kInt4Chunk + 2 * kInt4Groups + x.rows), row = x.columns + kInt4Chunk;
+  const int64_t most = x.limbs && x.rows == 1 ? terms : panel;
+  return most > row ? most : row;
 }
 
 }  // namespace scrimp

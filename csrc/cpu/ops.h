@@ -14,11 +14,14 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up);
 Tensor gelu_mul(const Tensor& gate, const Tensor& up, bool tanh);
 Tensor linear(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
               const std::optional<Tensor>& residual);
-// `out` [.., N] may be a slice of the last dimension of a contiguous tensor.
-void int4_linear_to(const Tensor& out, const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                    const std::optional<Tensor>& zeros, const std::optional<Tensor>& codebook,
-                    const std::optional<Tensor>& permutation, const std::optional<Tensor>& bias, int64_t group_size,
-                    int64_t zero_kind, int64_t mode);
+// A 4-bit weight as int4_linear takes it.
+struct Int4WeightOf {
+  const Tensor &qweight, &scales;
+  const std::optional<Tensor>&zeros, &codebook, &permutation, &bias;
+  int64_t group_size, zero_kind, mode;
+};
+// out: contiguous [.., N of all weights], their results side by side.
+void int4_linear_to(const Tensor& out, const Tensor& x, const std::vector<Int4WeightOf>& weights);
 Tensor rotary_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                      const Tensor& positions, const Tensor& start, const Tensor& k_cache, const Tensor& v_cache);
 // kept: of the shape of x, contiguous; index: [K]; energy: [rows, 2]. Returns the count.
@@ -30,7 +33,7 @@ struct ChannelList {
   const int32_t* index;
   int64_t count;
 };
-// `out` as that of int4_linear_to.
+// `out` [.., N] may be a slice of the last dimension of a contiguous tensor.
 void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, ChannelList channels,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
 // A 4-bit weight as int4_sparse_linear takes it.

@@ -13,6 +13,7 @@ from scrimp import Int4Weight
 from scrimp._registry import OPS
 from scrimp.int4_weight import Int4Channels
 from scrimp.int4_weight.check import ZERO_KINDS
+from scrimp.ops._int4 import MODES
 from scrimp.testing import assert_matches_oracle, same_bits
 
 OP = OPS["decoder_layers"]
@@ -185,6 +186,15 @@ def test_is_the_ops_one_by_one(isa: str, dtype: str, kind: str, threads: int) ->
                     assert same_bits(got, expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_layers_of_one_input_may_differ_in_mode() -> None:
+    for B, T in ((1, 1), (2, 3)):
+        args = inputs(("exact",), B, T)
+        for part in (1, 5):  # k and up
+            args["formats"][3 * part + 2] = MODES.index("int8")
+        for got, expected in zip(run(OP.call, args), run(op_by_op, args), strict=True):
+            assert same_bits(got, expected)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
