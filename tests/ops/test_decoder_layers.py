@@ -47,7 +47,9 @@ def linear_layer(kind: str, N: int, K: int, dtype: torch.dtype) -> tuple[list[Te
     if kind in ("sparse", "sparse-whole"):
         return [(torch.randn(K, N) / K**0.5).to(dtype), bias, None, None, None, None], [0, 0, 0]
     codes, scales = torch.randint(16, (N, K)), torch.rand(N, K // 16) / (4 * K**0.5)
-    weight = Int4Weight.from_codes(codes, scales, torch.randint(16, scales.shape, dtype=torch.uint8), zero_kind="uint8")
+    zeros = torch.randint(16, scales.shape, dtype=torch.uint8)
+    order = torch.randperm(K, dtype=torch.int32) if N == G * D else None  # of k and v alone
+    weight = Int4Weight.from_codes(codes, scales, zeros, zero_kind="uint8", permutation=order)
     turned = Int4Channels.of(weight) if kind in SPARSE else weight
     codes, *rest = turned.tensors().values()
     return [codes, bias, *rest], [16, ZERO_KINDS.index("uint8"), int(kind.endswith("int8"))]
