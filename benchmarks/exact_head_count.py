@@ -49,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def windows(tokenizer: Any, states: int) -> torch.Tensor:
-    """int64 `[n, WINDOW]`, of at least so many tokens in all where the texts have them."""
+    """int64 `[n, WINDOW]` of so many tokens in all; once the texts are through, again from half a window on."""
     parts = []
-    for split in ("heldout", "calibration"):
-        ids = torch.tensor(tokenizer(text.corpus(split), verbose=False)["input_ids"])
-        parts.append(ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW))
+    for shift in (0, WINDOW // 2):
+        for split in ("heldout", "calibration"):
+            ids = torch.tensor(tokenizer(text.corpus(split), verbose=False)["input_ids"])[shift:]
+            parts.append(ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW))
     return torch.cat(parts)[: -(-states // WINDOW)]
 
 

@@ -77,19 +77,23 @@ def cuda_tile(M: int, N: int, codebook: bool) -> tuple[int, int]:
 
 
 def cuda_count(*flat: Any) -> Count:
-    """The same of the kernel in CUDA C++; a bias, which every result reads, counts once for each of its rows."""
+    """The same of the kernel in CUDA C++; a bias, which every result reads, counts once for each of its rows.
+
+    What a permutation costs is torch's and left out.
+    """
     x, qweight, scales, zeros, codebook, _, bias = flat[:7]
-    N, K, M = qweight.shape[0], x.shape[-1], x.shape[:-1].numel()
+    N, K, M = qweight.shape[0], 2 * qweight.shape[1], x.shape[:-1].numel()
+    inputs = M * K * x.element_size()
     outputs, tokens = cuda_tile(M, N, codebook is not None)
     across, down, out = cdiv(M, tokens), cdiv(N, outputs), M * N * x.element_size()
     products = (outputs // 16 + (zeros is not None)) * cdiv(K, 128) * 8 * cdiv(M, 8) * down
     looked_up = 4 * size(codebook) * across * down  # by each of four warps
     return Count(
-        bytes=across * size(qweight, scales, zeros) + down * size(x) + looked_up + M * size(bias) + out,
-        unique_bytes=size(x, qweight, scales, zeros, codebook, bias) + out,
+        bytes=across * size(qweight, scales, zeros) + down * inputs + looked_up + M * size(bias) + out,
+        unique_bytes=inputs + size(qweight, scales, zeros, codebook, bias) + out,
         flops_issued=2 * 16 * 8 * 16 * products,
         flops_useful=2 * M * N * K,
-        resident_bytes=size(x),  # tiles that share codes run at the same time
+        resident_bytes=inputs,  # tiles that share codes run at the same time
     )
 
 

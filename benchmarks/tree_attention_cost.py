@@ -123,7 +123,7 @@ def count_cuda(
     results = B * H * T * (row + 4)
     return Count(
         bytes=keys * key + moved + 2 * states * state + B * H * T * row + results,
-        unique_bytes=touched * key + B * H * T * row + 2 * states * state + results,
+        unique_bytes=touched * key + B * H * T * row + states * state + results,
         flops_issued=2 * 16 * 16 * D * products,
         flops_useful=4 * D * pairs,
         exps=exps,

@@ -15,7 +15,8 @@ from torch import Tensor
 from .launch import Launch, cdiv, power_of_two, unit_last_stride
 from .tuning import config
 
-MAX_CHANNELS = (1 << 14, 1 << 14, 1 << 14, 1 << 12)  # of each rule; more do not fit into the registers of a program
+# Of each rule; the scores of more do not fit into the registers of a program. A threshold looks at them one by one.
+MAX_CHANNELS = ((1 << 31) - 1, 1 << 14, 1 << 14, 1 << 13)
 COMMON_CHANNELS = 256  # of a program that joins the scores of all rows
 STEP = 2048  # channels that are written together
 THRESHOLD, RELATIVE, TOP_K, TOP_P = (tl.constexpr(rule) for rule in range(4))

@@ -21,7 +21,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 static void check(const Tensor& x, const Tensor& level, const OptionalTensor& scale, const OptionalTensor& center,
                   const OptionalTensor& whole, int64_t rule) {
-  SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "channel_select: x must be [.., K] on the CPU");
+  SCRIMP_CHECK(float_type(x), "channel_select: x must be float32, bfloat16 or float16 on the CPU");
   SCRIMP_CHECK(rule >= 0 && rule <= static_cast<int64_t>(SelectRule::top_p), "channel_select: rule=", rule);
   const auto is_numbers = [](const Tensor& tensor, int64_t count) {
     return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == count;
@@ -38,29 +38,19 @@ static void check(const Tensor& x, const Tensor& level, const OptionalTensor& sc
   SCRIMP_CHECK(same, "channel_select: whole must be bool, a number for each row of x ", shape_text(x));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
-                                                          const OptionalTensor& scale_any,
-                                                          const OptionalTensor& center_any,
-                                                          const OptionalTensor& whole_any, int64_t rule, bool common) {
-  const std::optional<FloatType> type = float_type(x);
-  SCRIMP_CHECK(type, "channel_select: x must be float32, bfloat16 or float16 on the CPU");
+int64_t channel_select_to(const Tensor& kept, int32_t* index, float* energy, const Tensor& x, const Tensor& level,
+                          const OptionalTensor& scale_any, const OptionalTensor& center_any,
+                          const OptionalTensor& whole_any, int64_t rule, bool common) {
   check(x, level, scale_any, center_any, whole_any, rule);
+  const FloatType type = *float_type(x);
   const int64_t K = x.size(x.dim() - 1);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Tensor kept = cpu_empty(x, shape);
-  shape.back() = 2;
-  const Tensor energy = cpu_empty(x, shape, ScalarType::Float);
-  const Tensor index = cpu_empty(x, {K}, ScalarType::Int);
-  const Tensor count = cpu_empty(x, {1}, ScalarType::Int);
-  const int64_t M = energy.numel() / 2;
+  int64_t M = 1;
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) M *= x.size(dim);
   const auto list_kernel = SCRIMP_KERNEL(channel_select_list);
-  int32_t* list = static_cast<int32_t*>(index.data_ptr());
-  int32_t* listed = static_cast<int32_t*>(count.data_ptr());
   if (M == 0 || K == 0) {
     std::vector<int8_t> none(K);
-    *listed = list_kernel(none.data(), 1, K, list);
-    std::fill_n(static_cast<float*>(energy.data_ptr()), 2 * M, 0.0f);
-    return {kept, index, count, energy};
+    std::fill_n(energy, 2 * M, 0.0f);
+    return list_kernel(none.data(), 1, K, index);
   }
 
   const auto vector_of = [](const OptionalTensor& any) -> OptionalTensor {
@@ -93,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const
             .judged = common ? mean : scores + m * K,
             .mask = masks + m * K,
             .kept = to.row(m),
-            .energy = static_cast<float*>(energy.data_ptr()) + 2 * m,
-            .type = *type};
+            .energy = energy + 2 * m,
+            .type = type};
   };
   const auto finish = [&](int64_t m, SelectCut cut) { keep(row(m), is_whole && is_whole[m] ? kSelectAll : cut); };
   if (common) {
@@ -108,7 +98,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const
       finish(m, cut_of(scores + m * K, K, how, at));
     });
   }
-  *listed = list_kernel(masks, M, K, list);
+  return list_kernel(masks, M, K, index);
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
+                                                                 const OptionalTensor& scale,
+                                                                 const OptionalTensor& center,
+                                                                 const OptionalTensor& whole, int64_t rule,
+                                                                 bool common) {
+  SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "channel_select: x must be [.., K] on the CPU");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const Tensor kept = cpu_empty(x, shape), index = cpu_empty(x, {shape.back()}, ScalarType::Int);
+  const Tensor count = cpu_empty(x, {1}, ScalarType::Int);
+  shape.back() = 2;
+  const Tensor energy = cpu_empty(x, shape, ScalarType::Float);
+  *static_cast<int32_t*>(count.data_ptr()) = static_cast<int32_t>(
+      channel_select_to(kept, static_cast<int32_t*>(index.data_ptr()), static_cast<float*>(energy.data_ptr()), x, level,
+                        scale, center, whole, rule, common));
   return {kept, index, count, energy};
 }
 

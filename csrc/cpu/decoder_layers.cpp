@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/memory.h"
 #include "common/tensors.h"
 #include "cpu/linear.h"
 #include "cpu/ops.h"
@@ -86,8 +87,13 @@ static Tensor apply_dense(const Parts& parts, const Tensor& x, const std::option
 static void apply_sparse(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual,
                          const Tensor& out) {
   const auto* s = parts.selection;
-  const auto [kept, index, count, energy] =
-      channel_select(x, *s[0], s[1], s[2], std::nullopt, kRelativeRule, /*common=*/false);
+  const Tensor kept = cpu_empty(x, x.sizes());
+  Memory memory;
+  const int64_t index = memory.reserve<int32_t>(x.size(2)), energy = memory.reserve<float>(2 * x.size(0) * x.size(1));
+  memory.allocate();
+  const ChannelList channels{memory.at<int32_t>(index),
+                             channel_select_to(kept, memory.at<int32_t>(index), memory.at<float>(energy), x, *s[0],
+                                               s[1], s[2], std::nullopt, kRelativeRule, /*common=*/false)};
   std::vector<Int4ChannelsOf> weights;
   for (int64_t i = 0, first = 0; i < parts.count; ++i) {
     const auto* t = parts.tensors + i * kTensors;
@@ -95,13 +101,13 @@ static void apply_sparse(const Parts& parts, const Tensor& x, const std::optiona
     if (!t[0]) continue;
     if (parts.is_dense()) {
       const int64_t outputs = parts.outputs(i);
-      sparse_linear_to(slice(out, first, outputs), kept, *t[0], index, count, t[1], residual);
+      sparse_linear_to(slice(out, first, outputs), kept, *t[0], channels, t[1], residual);
       first += outputs;
     } else {
       weights.push_back({*t[0], *t[2], t[3], t[4], t[5], t[1], f[0], f[1], f[2]});
     }
   }
-  if (!parts.is_dense()) int4_sparse_linear_to(out, kept, weights, index, count);
+  if (!parts.is_dense()) int4_sparse_linear_to(out, kept, weights, channels);
 }
 
 // The 4-bit parts in full, into out.

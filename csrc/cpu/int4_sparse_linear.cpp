@@ -21,8 +21,8 @@ namespace scrimp {
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRun = 4096;   // outputs of a channel that a thread reads in one go, where rows are few
-constexpr int64_t kSums = kRun;  // outputs times rows whose sums and totals are in the cache at once
+constexpr int64_t kRun = 8192;       // outputs of a channel that a thread reads in one go, where rows are few
+constexpr int64_t kSums = 4 * kRun;  // outputs times rows whose sums and totals are in the cache at once
 
 // x and one weight, checked.
 struct Int4SparseProblem {
@@ -184,7 +184,7 @@ static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* en
   const int64_t quads = listed.quads();
   int64_t N = 0, tiles = 0;
   for (const auto* p = begin; p < end; ++p) N += p->N, tiles += (p->N + kInt4Tile - 1) / kInt4Tile;
-  const int64_t workers = worker_count(tiles, rows * N * quads / 2);
+  const int64_t workers = worker_count(tiles, 8 * rows * N * quads);
   const int64_t run = std::min(kRun, kSums / rows), turns = (N + workers * run - 1) / (workers * run);
   const int64_t share = (N + workers * turns - 1) / (workers * turns);
   const int64_t width = (share + kInt4Tile - 1) / kInt4Tile * kInt4Tile;
@@ -250,9 +250,7 @@ static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* en
 }
 
 void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const std::vector<Int4ChannelsOf>& weights,
-                           const Tensor& index_any, const Tensor& count) {
-  const Tensor index = as_contiguous(index_any);
-  const auto* channels = static_cast<const int32_t*>(index.data_ptr());
+                           ChannelList channels) {
   std::vector<Int4SparseProblem> problems;
   problems.reserve(weights.size());
   int64_t N = 0;
@@ -261,13 +259,12 @@ void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const std::vector
     problems.back().first_output = N;
     N += problems.back().N;
   }
-  const int64_t listed = check_list("int4_sparse_linear", index, count, x.size(x.dim() - 1));
   if (out.numel() == 0) return;
   const int64_t M = out.numel() / N;
   const Rows rows(x);
   for (const auto *begin = problems.data(), *last = begin + problems.size(), *end = begin; begin < last; begin = end) {
     for (end = begin + 1; end < last && end->packs_as(*begin); ++end) continue;
-    const Int4Listed quads(*begin, channels, listed);
+    const Int4Listed quads(*begin, channels.index, channels.count);
     for (int64_t row = 0; row < M; row += kInt4SparseRows) {
       multiply(begin, end, quads, rows, row, std::min(kInt4SparseRows, M - row), static_cast<char*>(out.data_ptr()), N);
     }
@@ -276,7 +273,7 @@ void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const std::vector
 
 static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
                                  const OptionalTensor& zeros, const OptionalTensor& codebook,
-                                 const OptionalTensor& permutation, const Tensor& index, const Tensor& count,
+                                 const OptionalTensor& permutation, const Tensor& index_any, const Tensor& count,
                                  const OptionalTensor& bias, int64_t group_size, int64_t zero_kind, int64_t mode) {
   SCRIMP_CHECK(0 <= zero_kind && zero_kind <= 3, "int4_sparse_linear: zero_kind=", zero_kind, " must be 0 to 3");
   SCRIMP_CHECK(mode == 0 || mode == 1, "int4_sparse_linear: mode=", mode, " must be 0 or 1");
@@ -284,9 +281,10 @@ static Tensor int4_sparse_linear(const Tensor& x, const Tensor& codes, const Ten
                "int4_sparse_linear: x must be [.., inputs], codes [K, bytes], scales [groups, N]");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = scales.size(1);
-  const Tensor out = cpu_empty(x, shape);
+  const Tensor index = as_contiguous(index_any), out = cpu_empty(x, shape);
+  const int64_t listed = check_list("int4_sparse_linear", index, count, x.size(x.dim() - 1));
   int4_sparse_linear_to(out, x, {{codes, scales, zeros, codebook, permutation, bias, group_size, zero_kind, mode}},
-                        index, count);
+                        {static_cast<const int32_t*>(index.data_ptr()), listed});
   return out;
 }
 

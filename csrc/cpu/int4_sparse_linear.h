@@ -69,7 +69,7 @@ struct Int4SparsePart {
   void* out;             // [rows][outputs]
   int64_t out_stride;    // elements
   FloatType type;        // of bias and out
-  float *sums, *totals;  // [row][width] of memory each
+  float *sums, *totals;  // [tile][row][kInt4Tile] of memory each
 };
 
 }  // namespace scrimp

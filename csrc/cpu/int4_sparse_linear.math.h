@@ -14,7 +14,8 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr int kVectors = 8;  // vectors of outputs whose codes are one vector
+constexpr int kVectors = 8;                   // vectors of outputs whose codes are one vector
+constexpr int kHeld = kLanes == 16 ? 16 : 8;  // vectors of sums that stay in registers
 
 // Elements of a and b in turn, from the lower or the upper half of each 16 bytes.
 #if defined(__AVX512BW__)
@@ -38,12 +39,20 @@ SCRIMP_INTERLEAVE(low_words, 32, unpacklo_epi, 0, 4, 1, 5)
 SCRIMP_INTERLEAVE(high_words, 32, unpackhi_epi, 2, 6, 3, 7)
 #undef SCRIMP_INTERLEAVE
 
-// Bytes of four channels: word r then holds bytes 4 r + i of each 16, in lane i.
+// Bytes of four channels: words First to First + Count, where word r holds bytes 4 r + i of each 16 in lane i.
+template <int First, int Count>
 SCRIMP_INLINE void interleave(BitsVec (&w)[4]) {
-  const BitsVec low01 = low_bytes(w[0], w[1]), high01 = high_bytes(w[0], w[1]);
-  const BitsVec low23 = low_bytes(w[2], w[3]), high23 = high_bytes(w[2], w[3]);
-  w[0] = low_pairs(low01, low23), w[1] = high_pairs(low01, low23);
-  w[2] = low_pairs(high01, high23), w[3] = high_pairs(high01, high23);
+  BitsVec first[Count / 2], second[Count / 2];
+#pragma GCC unroll 2
+  for (int half = 0; half < Count / 2; ++half) {
+    const bool low = First + 2 * half == 0;
+    first[half] = low ? low_bytes(w[0], w[1]) : high_bytes(w[0], w[1]);
+    second[half] = low ? low_bytes(w[2], w[3]) : high_bytes(w[2], w[3]);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < Count / 2; ++half) {
+    w[2 * half] = low_pairs(first[half], second[half]), w[2 * half + 1] = high_pairs(first[half], second[half]);
+  }
 }
 
 // Lanes r of vectors i become lanes i of vectors r, in each four.
@@ -61,6 +70,11 @@ SCRIMP_INLINE void for_nibbles(Body body) {
   body(Int<4>{}), body(Int<5>{}), body(Int<6>{}), body(Int<7>{});
 }
 
+// Where the codes of a span's channels lie, for the outputs of the part.
+struct SpanCodes {
+  const uint8_t* channel[4 * kInt4SpanQuads];
+};
+
 // What the loops know: copies, so that no store can change them.
 struct Given {
   const Int4SparsePart p;
@@ -74,18 +88,21 @@ struct Given {
 template <bool Book>
 struct ExactMath : Given {
   using Lanes = Vec;
+  static constexpr int kTileRows = kHeld / kVectors;  // rows of a step: the sums of all vectors are turned together
   const FloatCodes<Book> codes;
 
   explicit ExactMath(const Int4SparsePart& part) : Given(part), codes(part.codebook) {}
 
   // Adds a span's products for R rows from `row` on, with the codes `bytes` into the part. In the order of the
   // channels, one fused multiply-add after the other: a listed zero changes no bit.
-  template <int R>
-  SCRIMP_INLINE void add(const Int4Span& span, int64_t bytes, int64_t row, Vec (&sum)[R][kVectors]) const {
-    for (int64_t j = 4 * span.first; j < 4 * (span.first + span.quads); ++j) {
-      const BitsVec q = load_bits(p.codes + bytes + list.channel[j] * p.codes_stride);
+  template <int R, int First>
+  SCRIMP_INLINE void add(const Int4Span& span, const SpanCodes& from, int64_t bytes, int64_t row,
+                         Vec (&sum)[R][kVectors]) const {
+    for (int64_t j = 0; j < 4 * span.quads; ++j) {
+      const BitsVec q = load_bits(from.channel[j] + bytes);
+      const float* const at = x.values + (4 * span.first + j) * x.rows + row;
       Vec values[R];
-      for_vectors<R, 1>([&](int r, int) { values[r] = broadcast(x.values[j * x.rows + row + r]); });
+      for_vectors<R, 1>([&](int r, int) { values[r] = broadcast(at[r]); });
       for_nibbles([&](auto nibble) __attribute__((always_inline)) {
         constexpr int I = decltype(nibble)::value;
         const Vec value = codes.template value<I>(q);
@@ -104,12 +121,16 @@ struct ExactMath : Given {
     });
   }
 
+  // What a block needs to know of a row.
+  using OfRow = Vec;
+  SCRIMP_INLINE OfRow of_row(int64_t at) const { return broadcast(x.sums[at]); }
+
   // Codes stand for q - 8: (q - z) s = (q - 8) s + (8 - z) s and q s + z = (q - 8) s + (z + 8 s).
-  SCRIMP_INLINE Vec term(Vec sum, int64_t of_row, Vec scale, Vec zero, Vec total) const {
+  SCRIMP_INLINE Vec term(Vec sum, OfRow of_x, Vec scale, Vec zero, Vec total) const {
     total = fma(sum, scale, total);
     if (p.kind == Int4Zeros::none) return total;
     const Vec shift = p.kind == Int4Zeros::shift ? (8.0f - zero) * scale : fma(broadcast(8.0f), scale, zero);
-    return fma(shift, broadcast(x.sums[of_row]), total);
+    return fma(shift, of_x, total);
   }
 };
 
@@ -117,6 +138,7 @@ struct ExactMath : Given {
 template <bool Book, class Sums>
 struct Int8Math : Given {
   using Lanes = IntVec;
+  static constexpr int kTileRows = 2 * kHeld / kVectors;  // rows of a step, which may take half of the vectors
   const ByteCodes<Book> codes;
 #if defined(SCRIMP_VNNI)
   static constexpr bool kWholeBytes = !Book;  // sums of whole bytes stand for those of upper nibbles until the end
@@ -126,18 +148,21 @@ struct Int8Math : Given {
 
   explicit Int8Math(const Int4SparsePart& part) : Given(part), codes{static_cast<const int8_t*>(part.codebook)} {}
 
-  template <int R>
-  SCRIMP_INLINE void add(const Int4Span& span, int64_t bytes, int64_t row, IntVec (&sum)[R][kVectors]) const {
-    IntVec part[R][kVectors];
-    for_vectors<R, kVectors>([&](int r, int i) { part[r][i] = Sums::start(sum[r][i]); });
-    for (int64_t quad = span.first; quad < span.first + span.quads; ++quad) {
+  // Of the V vectors from First on.
+  template <int R, int First, int V>
+  SCRIMP_INLINE void add(const Int4Span& span, const SpanCodes& from, int64_t bytes, int64_t row,
+                         IntVec (&sum)[R][V]) const {
+    IntVec part[R][V];
+    for_vectors<R, V>([&](int r, int i) { part[r][i] = Sums::start(sum[r][i]); });
+#pragma GCC unroll 1
+    for (int64_t quad = 0; quad < span.quads; ++quad) {
       BitsVec q[4];
-      for_vectors<1, 4>(
-          [&](int, int i) { q[i] = load_bits(p.codes + bytes + list.channel[4 * quad + i] * p.codes_stride); });
-      interleave(q);
+      for_vectors<1, 4>([&](int, int i) { q[i] = load_bits(from.channel[4 * quad + i] + bytes); });
+      interleave<First / 2, V / 2>(q);
+      const int8_t* const at = x.integers + 4 * ((span.first + quad) * x.rows + row);
       IntVec values[R];
-      for_vectors<R, 1>([&](int r, int) { values[r] = broadcast_word(x.integers + 4 * (quad * x.rows + row + r)); });
-      for_vectors<1, 4>([&](int, int i) {
+      for_vectors<R, 1>([&](int r, int) { values[r] = broadcast_word(at + 4 * r); });
+      for_vectors<1, V / 2>([&](int, int i) {
         const BitsVec low = codes.values(q[i]), high = kWholeBytes ? q[i] : codes.values(q[i] >> 4);
         for_vectors<R, 1>([&](int r, int) {
           part[r][2 * i] = Sums::add(part[r][2 * i], low, values[r]);
@@ -145,23 +170,33 @@ struct Int8Math : Given {
         });
       });
     }
-    for_vectors<R, kVectors>([&](int r, int i) { sum[r][i] = Sums::finish(sum[r][i], part[r][i]); });
+    for_vectors<R, V>([&](int r, int i) { sum[r][i] = Sums::finish(sum[r][i], part[r][i]); });
   }
 
   // A byte is 16 times its upper nibble and its lower one.
-  template <int R>
-  SCRIMP_INLINE void close(IntVec (&sum)[R][kVectors]) const {
+  template <int R, int V>
+  SCRIMP_INLINE void close(IntVec (&sum)[R][V]) const {
     if constexpr (!kWholeBytes) return;
-    for_vectors<R, 4>([&](int r, int i) { sum[r][2 * i + 1] = (sum[r][2 * i + 1] - sum[r][2 * i]) >> 4; });
+    for_vectors<R, V / 2>([&](int r, int i) { sum[r][2 * i + 1] = (sum[r][2 * i + 1] - sum[r][2 * i]) >> 4; });
   }
 
-  SCRIMP_INLINE Vec term(IntVec sum, int64_t of_row, Vec scale, Vec zero, Vec total) const {
-    const Vec dot = __builtin_convertvector(sum + x.starts[of_row], Vec);
-    const Vec of_x = broadcast(x.sums[of_row]), factor = broadcast(x.scales[of_row]);
-    if (p.kind == Int4Zeros::shift) return total + SCRIMP_ISA::term<Int4Zeros::shift>(dot, scale, zero, of_x) * factor;
-    if (p.kind == Int4Zeros::offset)
-      return total + SCRIMP_ISA::term<Int4Zeros::offset>(dot, scale, zero, of_x) * factor;
-    return total + SCRIMP_ISA::term<Int4Zeros::none>(dot, scale, zero, of_x) * factor;
+  struct OfRow {
+    IntVec start;
+    Vec sum, scale;
+  };
+  SCRIMP_INLINE OfRow of_row(int64_t at) const {
+    return {IntVec{} + x.starts[at], broadcast(x.sums[at]), broadcast(x.scales[at])};
+  }
+
+  SCRIMP_INLINE Vec term(IntVec sum, const OfRow& of, Vec scale, Vec zero, Vec total) const {
+    const Vec dot = __builtin_convertvector(sum + of.start, Vec);
+    if (p.kind == Int4Zeros::shift) {
+      return total + SCRIMP_ISA::term<Int4Zeros::shift>(dot, scale, zero, of.sum) * of.scale;
+    }
+    if (p.kind == Int4Zeros::offset) {
+      return total + SCRIMP_ISA::term<Int4Zeros::offset>(dot, scale, zero, of.sum) * of.scale;
+    }
+    return total + SCRIMP_ISA::term<Int4Zeros::none>(dot, scale, zero, of.sum) * of.scale;
   }
 };
 

@@ -1,7 +1,7 @@
 // int4_sparse_linear, the loops: spans of listed channels x tiles of outputs x rows.
 //
-// A span's channels are read side by side along the outputs of the part, while those of the next span are fetched. Sums
-// of a block stay in memory between its spans; its scales are applied once, and blocks are added in their order. In
+// A span's channels are read side by side along the outputs of the part, and fetched some tiles before. Sums of a block
+// stay in memory between its spans; its scales are applied once, and blocks are added in their order. In
 // int8 mode sums are exact, in exact mode they are taken in the order of the channels: a row's result depends neither
 // on the other rows nor on channels that are listed for their sake. Compiled with -ffp-contract=off, because int8 mode
 // rounds every operation; fused ones are written fma().
@@ -10,9 +10,9 @@
 namespace scrimp::SCRIMP_ISA {
 namespace {
 
-constexpr int kTileRows = kLanes == 16 ? 2 : 1;  // rows whose sums stay in registers
-constexpr int kSlices = 16 / kLanes;             // vectors of codes in a tile
+constexpr int kSlices = 16 / kLanes;  // vectors of codes in a tile
 constexpr int kSliceBytes = 4 * kLanes;
+constexpr int64_t kAhead = 4;  // tiles from the one that is read to the one that is fetched
 
 typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
 
@@ -33,29 +33,40 @@ struct Scales {
   with_type(p.scale_type, p.zeros, [&](auto* from) { read(from, p.zeros_stride, to.zero); });
 }
 
-// R rows from `row` on take in a span, for the outputs of a slice of a tile.
-template <int R, class Math>
-SCRIMP_INLINE void step(const Math& math, const Int4Span& span, const Scales& scales, int64_t tile, int slice,
-                        int64_t row) {
+// R rows from `row` on take in a span, for V vectors from First on of the outputs of a slice of a tile. A function
+// of its own: together, all variants take more registers than there are.
+template <int R, int First, int V, class Math>
+[[gnu::noinline]] void step(const Math& math, const Int4Span& span, const SpanCodes& from, const Scales& scales,
+                            int64_t tile, int slice, int64_t row) {
   const Int4SparsePart& p = math.p;
-  const int64_t begin = slice * kLanes, stride = p.width;
-  float* const held = p.sums + row * stride + tile * kInt4Tile + begin;
-  float* const totals = p.totals + row * stride + tile * kInt4Tile + begin;
-  typename Math::Lanes sum[R][kVectors] = {};
+  const int64_t begin = slice * kLanes + 16 * First, at = (tile * math.x.rows + row) * kInt4Tile + begin;
+  float *const held = p.sums + at, *const totals = p.totals + at;
+  typename Math::Lanes sum[R][V] = {};
   if (!span.opens) {
-    for_vectors<R, kVectors>([&](int r, int i) { memcpy(&sum[r][i], held + r * stride + 16 * i, sizeof(Vec)); });
+    for_vectors<R, V>([&](int r, int i) { memcpy(&sum[r][i], held + r * kInt4Tile + 16 * i, sizeof(Vec)); });
   }
-  math.template add<R>(span, tile * 64 + slice * kSliceBytes, row, sum);
+  math.template add<R, First>(span, from, tile * 64 + slice * kSliceBytes, row, sum);
   if (!span.closes) {
-    for_vectors<R, kVectors>([&](int r, int i) { memcpy(held + r * stride + 16 * i, &sum[r][i], sizeof(Vec)); });
+    for_vectors<R, V>([&](int r, int i) { memcpy(held + r * kInt4Tile + 16 * i, &sum[r][i], sizeof(Vec)); });
     return;
   }
-  math.template close<R>(sum);
-  for_vectors<R, kVectors>([&](int r, int i) {
-    const Vec scale = load(scales.scale + begin + 16 * i), zero = load(scales.zero + begin + 16 * i);
-    float* const total = totals + r * stride + 16 * i;
-    store(total, math.term(sum[r][i], span.block * math.x.rows + row + r, scale, zero, load(total)));
+  math.close(sum);
+  for_vectors<R, 1>([&](int r, int) {
+    const auto of_row = math.of_row(span.block * math.x.rows + row + r);
+    for_vectors<1, V>([&](int, int i) {
+      const Vec scale = load(scales.scale + begin + 16 * i), zero = load(scales.zero + begin + 16 * i);
+      float* const total = totals + r * kInt4Tile + 16 * i;
+      store(total, math.term(sum[r][i], of_row, scale, zero, load(total)));
+    });
   });
+}
+
+SCRIMP_INLINE SpanCodes codes_of(const Int4SparsePart& p, const Int4SparseList& list, const Int4Span& span) {
+  SpanCodes from;
+  for (int64_t j = 0; j < 4 * span.quads; ++j) {
+    from.channel[j] = p.codes + list.channel[4 * span.first + j] * p.codes_stride;
+  }
+  return from;
 }
 
 template <class Math>
@@ -63,20 +74,29 @@ void run(const Int4SparsePart& part) {
   const Math math(part);
   const Int4SparsePart& p = math.p;
   const Int4SparseList& list = math.list;
-  const int64_t rows = math.x.rows;
+  const int64_t rows = math.x.rows, tiles = p.width / kInt4Tile;
   memset(p.totals, 0, sizeof(float) * rows * p.width);
   Scales scales = {};
   for (int64_t s = 0; s < list.span_count; ++s) {
     const Int4Span span = list.spans[s], next = list.spans[s + 1 < list.span_count ? s + 1 : s];
-    for (int64_t tile = 0; tile < p.width / kInt4Tile; ++tile) {
+    const SpanCodes from = codes_of(p, list, span), then = codes_of(p, list, next);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
       if (span.closes) read_scales(p, span.block * list.block / p.group, tile * kInt4Tile, scales);
-      for (int64_t j = 4 * next.first; j < 4 * (next.first + next.quads); ++j) {
-        __builtin_prefetch(p.codes + tile * 64 + list.channel[j] * p.codes_stride, 0, 2);
+      const bool here = tile + kAhead < tiles;
+      const int64_t ahead = (here ? tile + kAhead : (tile + kAhead - tiles) % tiles) * 64;
+      for (int64_t j = 0; j < 4 * (here ? span : next).quads; ++j) {
+        __builtin_prefetch((here ? from : then).channel[j] + ahead, 0, 3);
       }
       for (int slice = 0; slice < kSlices; ++slice) {
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-          with_constant<kTileRows>(rows - row, [&](auto count) __attribute__((always_inline)) {
-            step<decltype(count)::value>(math, span, scales, tile, slice, row);
+        for (int64_t row = 0; row < rows; row += Math::kTileRows) {
+          with_constant<Math::kTileRows>(rows - row, [&](auto count) __attribute__((always_inline)) {
+            constexpr int R = decltype(count)::value;
+            if constexpr (R * kVectors <= kHeld) {
+              step<R, 0, kVectors>(math, span, from, scales, tile, slice, row);
+            } else {
+              step<R, 0, kVectors / 2>(math, span, from, scales, tile, slice, row);
+              step<R, kVectors / 2, kVectors / 2>(math, span, from, scales, tile, slice, row);
+            }
           });
         }
       }
@@ -86,9 +106,10 @@ void run(const Int4SparsePart& part) {
 
 template <class T>
 void finish(const Int4SparsePart& p, const T* bias) {
-  for (int64_t row = 0; row < p.x->rows; ++row) {
+  const int64_t rows = p.x->rows;
+  for (int64_t row = 0; row < rows; ++row) {
     for (int64_t n = 0; n < p.outputs; n += kLanes) {
-      Vec y = load(p.totals + row * p.width + n);
+      Vec y = load(p.totals + (n / kInt4Tile * rows + row) * kInt4Tile + n % kInt4Tile);
       if (bias) y += load_first(bias + n, p.outputs - n);
       store_first(static_cast<T*>(p.out) + row * p.out_stride + n, y, p.outputs - n);
     }

@@ -24,15 +24,18 @@ struct Int4WeightOf {
 void int4_linear_to(const Tensor& out, const Tensor& x, const std::vector<Int4WeightOf>& weights);
 Tensor rotary_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                      const Tensor& positions, const Tensor& start, const Tensor& k_cache, const Tensor& v_cache);
-// kept, index, count, energy
-std::tuple<Tensor, Tensor, Tensor, Tensor> channel_select(const Tensor& x, const Tensor& level,
-                                                          const std::optional<Tensor>& scale,
-                                                          const std::optional<Tensor>& center,
-                                                          const std::optional<Tensor>& whole, int64_t rule,
-                                                          bool common);
+// kept: of the shape of x, contiguous; index: [K]; energy: [rows, 2]. Returns the count.
+int64_t channel_select_to(const Tensor& kept, int32_t* index, float* energy, const Tensor& x, const Tensor& level,
+                          const std::optional<Tensor>& scale, const std::optional<Tensor>& center,
+                          const std::optional<Tensor>& whole, int64_t rule, bool common);
+// Channels that a sparse product reads, ascending.
+struct ChannelList {
+  const int32_t* index;
+  int64_t count;
+};
 // `out` [.., N] may be a slice of the last dimension of a contiguous tensor.
-void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& index,
-                      const Tensor& count, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
+void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, ChannelList channels,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
 // A 4-bit weight as int4_sparse_linear takes it.
 struct Int4ChannelsOf {
   const Tensor &codes, &scales;
@@ -41,7 +44,7 @@ struct Int4ChannelsOf {
 };
 // out: contiguous [.., N of all weights], their results side by side.
 void int4_sparse_linear_to(const Tensor& out, const Tensor& x, const std::vector<Int4ChannelsOf>& weights,
-                           const Tensor& index, const Tensor& count);
+                           ChannelList channels);
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                           const Tensor& prefix, const std::optional<Tensor>& ancestors, int64_t window,
                                           double scale);

@@ -40,13 +40,11 @@ static void check(const Tensor& x, const Tensor& weight, const OptionalTensor& b
                " and N=", N, ", or another device or dtype");
 }
 
-void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& index_any,
-                      const Tensor& count, const OptionalTensor& bias_any, const OptionalTensor& residual) {
+void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, ChannelList channels,
+                      const OptionalTensor& bias_any, const OptionalTensor& residual) {
   check(x, weight, bias_any, residual);
   const FloatType type = *float_type(x);
-  const int64_t K = weight.size(0), N = weight.size(1), size = x.element_size();
-  const Tensor index = as_contiguous(index_any);
-  const int64_t listed = check_list("sparse_linear", index, count, K);
+  const int64_t N = weight.size(1), size = x.element_size(), listed = channels.count;
   if (out.numel() == 0) return;
   const int64_t M = out.numel() / N, stride = out.dim() > 1 ? out.stride(out.dim() - 2) : N;
   const OptionalTensor bias = bias_any ? OptionalTensor(as_contiguous(*bias_any)) : std::nullopt;
@@ -73,16 +71,15 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
       inputs[m] = from.row(first + m);
       if (beside) added[m] = beside->row(first + m);
     }
-    const int32_t* list = static_cast<const int32_t*>(index.data_ptr());
     SCRIMP_KERNEL(sparse_linear_pack)
-    ({.rows = rows, .listed = listed, .x = inputs, .index = list, .packed = packed, .type = type});
+    ({.rows = rows, .listed = listed, .x = inputs, .index = channels.index, .packed = packed, .type = type});
     for_each_item(items, workers, [&](int64_t item, int64_t worker) {
       const int64_t n = item * width;
       kernel({.rows = rows,
               .listed = listed,
               .outputs = std::min(width, N - n),
               .packed = packed,
-              .index = list,
+              .index = channels.index,
               .weight = static_cast<const char*>(weight.data_ptr()) + n * size,
               .weight_stride = weight.stride(0),
               .bias = bias ? static_cast<const char*>(bias->data_ptr()) + n * size : nullptr,
@@ -97,14 +94,15 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
   }
 }
 
-static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index, const Tensor& count,
+static Tensor sparse_linear(const Tensor& x, const Tensor& weight, const Tensor& index_any, const Tensor& count,
                             const OptionalTensor& bias, const OptionalTensor& residual) {
   SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "sparse_linear: x must be [.., K] on the CPU");
   SCRIMP_CHECK(weight.dim() == 2, "sparse_linear: weight must be [K, N], got ", shape_text(weight));
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = weight.size(1);
-  const Tensor out = cpu_empty(x, shape);
-  sparse_linear_to(out, x, weight, index, count, bias, residual);
+  const Tensor index = as_contiguous(index_any), out = cpu_empty(x, shape);
+  const int64_t listed = check_list("sparse_linear", index, count, x.size(x.dim() - 1));
+  sparse_linear_to(out, x, weight, {static_cast<const int32_t*>(index.data_ptr()), listed}, bias, residual);
   return out;
 }
 

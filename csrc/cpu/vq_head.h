@@ -7,8 +7,8 @@
 #include <optional>
 #include <vector>
 
-#include "common/check.h"
 #include "common/parallel.h"
+#include "common/vq_head.h"
 #include "cpu/ops.h"
 
 namespace scrimp {
@@ -44,15 +44,10 @@ struct VqTokens {
     const auto dtype = h.scalar_type();
     SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
                  ": h must be float32 or bfloat16 on the CPU");
-    SCRIMP_CHECK(h.is_cpu() && codebook.is_cpu() && codes_any.is_cpu(), op,
-                 ": h, codebook and codes must be on the CPU");
-    SCRIMP_CHECK(codebook.scalar_type() == dtype, op, ": h and codebook differ in dtype");
-    SCRIMP_CHECK(codes_any.scalar_type() == ScalarType::Int, op, ": codes must be int32");
-    SCRIMP_CHECK(h.dim() >= 1 && codebook.dim() == 2 && codebook.size(1) == h.size(h.dim() - 1), op, ": codebook ",
-                 shape_text(codebook), " does not fit h ", shape_text(h));
+    SCRIMP_CHECK(h.is_cpu() && codebook.is_cpu() && codes_any.is_cpu() && (!bias_any || bias_any->is_cpu()), op,
+                 ": h, codebook, codes and bias must be on the CPU");
+    check_vq_head(op, h, codebook, codes_any, bias_any);
     const int64_t dims = codes_any.dim();
-    SCRIMP_CHECK(dims == 1 || (dims == 2 && codes_any.size(0) > 0), op, ": codes has shape ", shape_text(codes_any),
-                 ", expected [V] or [G, V]");
     G = dims == 2 ? codes_any.size(0) : 1;
     V = codes_any.size(dims - 1);
     codes_tensor = as_contiguous(codes_any);
@@ -65,10 +60,6 @@ struct VqTokens {
            " rows of the codebook");
     }
     if (!bias_any) return;
-    SCRIMP_CHECK(bias_any->is_cpu() && bias_any->scalar_type() == dtype, op,
-                 ": bias must be on the CPU and of the dtype of h");
-    SCRIMP_CHECK(bias_any->dim() == 1 && bias_any->size(0) == V, op, ": bias has shape ", shape_text(*bias_any),
-                 ", expected [", V, "]");
     bias_tensor = as_contiguous(*bias_any);
     bias = bias_tensor->data_ptr();
   }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 #include <vector>
 
@@ -55,6 +56,14 @@ static Tensor aligned_rows(const Tensor& x) {
   return torch::stable::copy_(copy, x);
 }
 
+// Columns of x as `order` names them.
+static Tensor permuted(const Tensor& x, const Tensor& order) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::array<StableIValue, 3> stack{from(x), from(int64_t{-1}), from(order)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
 static const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 // The op's `cuda_takes` sends only such calls here.
@@ -62,7 +71,7 @@ static void check_is_taken(const Int4Problem& p) {
   const auto dtype = p.x.scalar_type();
   SCRIMP_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                "int4_linear: x must be float16 or bfloat16 in CUDA C++");
-  SCRIMP_CHECK(!p.int8 && !p.permutation, "int4_linear: CUDA C++ has neither int8 mode nor permutations");
+  SCRIMP_CHECK(!p.int8, "int4_linear: there is no int8 mode in CUDA C++");
   SCRIMP_CHECK(!p.codebook || p.codebook->scalar_type() == ScalarType::Char,
                "int4_linear: a codebook must be int8 in CUDA C++");
   SCRIMP_CHECK(p.K % 32 == 0 && p.group % 32 == 0, "int4_linear: K=", p.K, " and group_size=", p.group,
@@ -86,7 +95,7 @@ static Tensor run(const Tensor& x_in, const Tensor& qweight, const Tensor& scale
   shape.back() = problem.N;
   const Tensor out = torch::stable::new_empty(x_in, shape);
   if (!out.numel()) return out;
-  const Tensor x = aligned_rows(x_in);
+  const Tensor x = aligned_rows(problem.permutation ? permuted(x_in, *problem.permutation) : x_in);
   const int64_t M = out.numel() / problem.N;
   SCRIMP_CHECK(std::max({M, problem.N, problem.K}) <= INT32_MAX / 2, "int4_linear: M=", M, ", N=", problem.N,
                " and K=", problem.K, " must be at most ", INT32_MAX / 2);

@@ -43,7 +43,7 @@ struct alignas(kWidth * sizeof(T)) Vector {
   T x[kWidth];
 };
 
-// The noise in single precision, to within kRough.
+// The noise in single precision, to within kRough: the errors of __logf and log1pf sum to less than 2^-16.
 constexpr float kRough = 0x1p-12f;
 __device__ __forceinline__ float rough_gumbel(uint64_t bits) {
   constexpr uint64_t kLast = (uint64_t{1} << 52) - 1;

@@ -3,16 +3,19 @@
     results, runs = call("merge_attention", out_a, lse_a, out_b, lse_b)
 
 The objects of `csrc/cuda` are linked with `cuda_device.cpp` instead of libcudart and libtorch_cuda. An op then runs its
-own launcher on CPU tensors: its checks, allocations, choice of kernel, grid and arguments are those of a GPU.
+own launcher on CPU tensors: its checks, allocations, choice of kernel, grid and arguments are those of a GPU. Other ops
+that it calls run as their references.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ import numpy as np
 import ptx
 import torch
 from ptx.toolchain import cache_folder, locked
+
+from scrimp._registry import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
@@ -90,6 +95,20 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+@contextlib.contextmanager
+def _references(op: str) -> Iterator[None]:
+    """The CPU runs the references of the ops that the launcher calls: those take every dtype of a GPU."""
+    library = torch.library.Library("scrimp", "IMPL")
+    for name in re.findall(r'"scrimp::(\w+)"', (ROOT / f"csrc/cuda/{op}.cu").read_text()):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            library.impl(name, OPS[name].reference, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
 @functools.cache
 def _module(text: str) -> ptx.Module:
     return ptx.load(text)
@@ -143,7 +162,8 @@ def call(
     if failure:
         _library().device_fail(1, failure.encode())
     try:
-        return handle.redispatch(_KEYS, *args), runs
+        with _references(op):
+            return handle.redispatch(_KEYS, *args), runs
     except RuntimeError:
         if faults:
             raise faults[0] from None

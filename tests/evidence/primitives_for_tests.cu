@@ -52,6 +52,11 @@ __global__ void products(const uint16_t* a, const uint16_t* b, float* c) {
 template __global__ void products<__half>(const uint16_t*, const uint16_t*, float*);
 template __global__ void products<__nv_bfloat16>(const uint16_t*, const uint16_t*, float*);
 
+// Words of one lane each, masked and joined with bits.
+extern "C" __global__ void masks(const uint32_t* words, uint32_t* out, uint32_t mask, uint32_t bits) {
+  out[threadIdx.x] = ptx::and_or(words[threadIdx.x], mask, bits);
+}
+
 template <class T>
 __global__ void numbers(const float* x, uint32_t* packed, float* powers, float* pairs) {
   __shared__ alignas(8) float kept[64];

@@ -59,6 +59,12 @@ def test_products(module: ptx.Module, name: str) -> None:
     torch.testing.assert_close(c, expected, rtol=2e-7, atol=1e-7)
 
 
+def test_masks(module: ptx.Module) -> None:
+    of, out = words(32), np.zeros(32, np.uint32)
+    module.launch("masks", 1, 32, {"words": of, "out": out, "mask": 0x00F0000F, "bits": 0x64006401})
+    np.testing.assert_array_equal(out, of & 0x00F0000F | 0x64006401)
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_numbers(module: ptx.Module, name: str) -> None:
     """The first number of a pair lies in the low half, both rounded to nearest; powers of what is far below are 0."""

@@ -143,7 +143,7 @@ def channel_select(
 
     Raises:
         ValueError: a rank, shape, device, dtype or rule that does not fit, a negative or NaN `level`, with the value;
-            on a GPU more than 16,384 channels, or 4,096 by "top_p".
+            on a GPU more than 16,384 channels, by "top_p" more than 8,192; by "threshold" any number is taken.
 
     Source: WINA (2505.19427) equation 4, TEAL (2408.14690), centring as SCAP (2412.07174).
 

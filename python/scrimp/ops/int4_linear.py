@@ -137,7 +137,7 @@ def _cuda_takes(
     zero_kind: int,
     mode: int,
 ) -> bool:
-    """Whether CUDA C++ does a call: 16-bit x, whole words of codes in 16-byte rows, and a weight that is used as it is.
+    """Whether CUDA C++ does a call: exact products of 16-bit x and codes that are exact in 16 bits, in groups of words.
 
     Up to 64 rows their number has no say in it, so that a row's bits do not depend on it. More rows belong to Triton,
     whose tiles read a weight less often.
@@ -147,7 +147,6 @@ def _cuda_takes(
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[:-1].numel() <= ROWS_INVARIANT
         and scales.dtype != torch.float64
-        and permutation is None
         and (codebook is None or codebook.dtype == torch.int8)
         and group_size % 32 == 0
         and qweight.data_ptr() % 16 == 0

@@ -110,7 +110,7 @@ def _cuda_takes(
         return True
     served = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128) and window == 0
     return served and all(
-        x.data_ptr() % 16 == 0 and x.stride(3) == 1 and not any(stride % 8 for stride in x.stride()[:3])
+        x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(x.stride(i) % 8 == 0 or x.shape[i] == 1 for i in range(3))
         for x in tensors
     )
 

@@ -53,6 +53,7 @@ def cases() -> dict[str, Case]:
         "rows off the grid": lambda: changed(plain(5, 19, kind="none8"), lambda x: torch.cat((x, x), 1)[:, 1:257]),
         "columns apart": lambda: changed(plain(5, 19, kind="uint8"), lambda x: x.T.contiguous().T),
         "three dimensions": lambda: changed(plain(6, 19, kind="offset"), lambda x: x.view(2, 3, 256)),
+        "permuted": functools.partial(permuted, 3),
         "one dimension": lambda: changed(make(1, 19, (256, 64), "codebook8", BRAIN, HALF, False), lambda x: x[0]),
     }  # fmt: skip
 
@@ -60,6 +61,13 @@ def cases() -> dict[str, Case]:
 def wide(kind: str, dtype: torch.dtype) -> Flat:
     """More rows than the large tile has, few inputs."""
     return make(33, 17, (64, 64), kind, dtype, HALF, False)
+
+
+def permuted(rows: int) -> Flat:
+    """Columns in another order, some inputs in two of them."""
+    x, *weight, _, bias, group_size, zero_kind, mode = make(rows, 19, (256, 64), "float", HALF, HALF, True)
+    order = torch.cat((torch.randperm(192), torch.arange(64))).int()
+    return (x[:, :192].contiguous(), *weight, order, bias, group_size, zero_kind, mode)
 
 
 def changed(args: Flat, change: Change) -> Flat:
@@ -77,10 +85,10 @@ def nothing(rows: int, outputs: int) -> Flat:
 BAD = {
     "dtype": (lambda a: (a[0].float(), *a[1:6], None, *a[7:]), "x must be float16 or bfloat16 in CUDA C.."),
     "mixed dtype": (lambda a: (a[0].half(), *a[1:]), "bias must be of the dtype of x"),
-    "int8 mode": (lambda a: (*a[:9], 1), "CUDA C.. has neither int8 mode nor permutations"),
+    "int8 mode": (lambda a: (*a[:9], 1), "there is no int8 mode in CUDA C.."),
     "permutation": (
-        lambda a: (*a[:5], torch.arange(a[0].shape[1], dtype=torch.int32), *a[6:]),
-        "CUDA C.. has neither int8 mode nor permutations",
+        lambda a: (*a[:5], torch.zeros(9, dtype=torch.int32), *a[6:]),
+        r"permutation has shape \[9\], expected \[2208\]",
     ),
     "group size": (
         lambda a: (a[0], a[1], *(t.repeat_interleave(2, 1) for t in a[2:4]), *a[4:7], 16, *a[8:]),

@@ -22,10 +22,10 @@ PATHS = FOLDER / "cuda"
 
 
 def sources(op: str) -> dict[str, str]:
-    """A hash of every CUDA file of the op, whatever its comments and layout."""
+    """A hash of every file of the op's own, whatever its comments and layout."""
     csrc, found = ROOT / "csrc", {}
     for path, text in sorted(quoted_includes(csrc / "cuda" / f"{op}.cu", [csrc], {}).items()):
-        if path.suffix in (".cu", ".cuh"):
+        if path.parent.name == "cuda":
             bare = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text.decode(), flags=re.S)
             found[str(path.relative_to(ROOT))] = digest(" ".join(bare.split()))
     return found

@@ -5,6 +5,7 @@ from .codebook_topk import SUBJECT as codebook_topk
 from .exact_head import SUBJECT as exact_head
 from .gelu_mul import SUBJECT as gelu_mul
 from .int4_linear import SUBJECT as int4_linear
+from .int4_sparse_linear import SUBJECT as int4_sparse_linear
 from .kv_compact import SUBJECT as kv_compact
 from .linear import SUBJECT as linear
 from .merge_attention import SUBJECT as merge_attention
@@ -23,9 +24,9 @@ from .vq_sample import SUBJECT as vq_sample
 SUBJECTS: dict[str, Subject] = {
     subject.op: subject
     for subject in (
-        channel_select, codebook_topk, exact_head, gelu_mul, int4_linear, kv_compact, linear, merge_attention, rms_norm,
-        rotary_append, silu_mul, sparse_attention, sparse_linear, tree_accept, tree_attention, vertical_slash_index,
-        vq_logits, vq_sample,
+        channel_select, codebook_topk, exact_head, gelu_mul, int4_linear, int4_sparse_linear, kv_compact, linear,
+        merge_attention, rms_norm, rotary_append, silu_mul, sparse_attention, sparse_linear, tree_accept,
+        tree_attention, vertical_slash_index, vq_logits, vq_sample,
     )
 }  # fmt: skip
 

@@ -81,6 +81,7 @@ def cases(interpreted: bool) -> dict[str, Case]:
         found["-".join(str(value).removeprefix("torch.") for value in case.values())] = functools.partial(make, **case)
     if interpreted:
         found["two steps"] = functools.partial(make, 2, 2100, torch.float16, "relative", False, True, "random", False)
+        found["many"] = functools.partial(make, 2, 20000, torch.float16, "threshold", False, True, "random", False)
     return found
 
 
@@ -92,7 +93,7 @@ def shipped() -> dict[str, Case]:
         level, scale = torch.empty(1, device="meta"), torch.empty(channels, device="meta")
         return x, level, scale, scale, None, rule, common
 
-    wanted = [(512, 0), (4096, 2), (4096, 3), (14336, 2)]
+    wanted = [(512, 0), (4096, 2), (4096, 3), (8192, 3), (14336, 2)]
     return {
         f"{K}-{RULES[rule]}-bfloat16": functools.partial(meta, K, rule, torch.bfloat16, rule > 1) for K, rule in wanted
     }
