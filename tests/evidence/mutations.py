@@ -70,8 +70,10 @@ def at_line(kernel: Any, words: str, pattern: str, index: int | None, replacemen
     lines = {number for number, line in enumerate(path.read_text().splitlines(), 1) if words in line}
 
     def apply(text: str) -> str:
-        listed = re.findall(rf'\.file\s+(\d+)\s+"[^"]*{re.escape(path.name)}"', text) if path.suffix != ".py" else ["1"]
-        places = [(m.start(), m[1] in listed and int(m[2])) for m in re.finditer(r"\.loc\s+(\d+)\s+(\d+)", text)]
+        # Triton's file is the first; what its functions call lies in others and counts to the line that calls.
+        cuda = re.findall(rf'\.file\s+(\d+)\s+"[^"]*{re.escape(path.name)}"', text)
+        listed, known = (cuda, r"\d+") if path.suffix != ".py" else (["1"], "1")
+        places = [(m.start(), m[1] in listed and int(m[2])) for m in re.finditer(rf"\.loc\s+({known})\s+(\d+)", text)]
         starts = [start for start, _ in places]
         found = []
         for match in re.finditer(pattern, text):
