@@ -6,29 +6,18 @@ addresses touched, the same copies in flight after every wait.
 
 import functools
 import importlib
-from dataclasses import dataclass
 
 import ptx
 import pytest
 import torch
 from emulate import compile_launches, execute
-from ptx.errors import KINDS
+from planted import ORDERS, Run, assert_caught, assert_is_a_fault, assert_sound, assert_touches_the_same, bits
 from subjects import SUBJECTS
 from subjects.subject import Mutant
 
-ORDERS = ["lockstep", "warp"]
 MUTANTS = [(op, name) for op, subject in SUBJECTS.items() for name in subject.mutants]
 PLANTED = [(op, name) for op, name in MUTANTS if SUBJECTS[op].mutants[name].caught_by]
 EQUIVALENT = [(op, name) for op, name in MUTANTS if not SUBJECTS[op].mutants[name].caught_by]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run of the mutant case gave: "fine", "value" or the kind of a fault; every tensor; the counters."""
-
-    outcome: str
-    tensors: tuple[torch.Tensor, ...]
-    counters: tuple[ptx.Counters, ...]
 
 
 def run(op: str, order: str, mutant: Mutant | None = None, case: str = "") -> Run:
@@ -65,24 +54,21 @@ def test_there_are_ten_of_every_kernel(op: str) -> None:
     assert {m.kernel for m in subject.mutants.values()} <= kernels
     assert all(planted.count(kernel) >= 10 for kernel in kernels), planted
     for name, mutant in subject.mutants.items():
-        assert mutant.caught_by <= {"value", *KINDS.values()}, name
-        assert mutant.short or mutant.change is not str, name
+        assert_is_a_fault(name, mutant)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("op", SUBJECTS)
 def test_the_kernels_themselves_are_fine(op: str, order: str) -> None:
     for case in {mutant.case for mutant in SUBJECTS[op].mutants.values()}:
-        assert sound(op, order, case).outcome == "fine"
-        assert sum(c.unwaited_copies for c in sound(op, order, case).counters) == 0
+        assert_sound(sound(op, order, case))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("op", "name"), PLANTED)
 def test_planted_fault(op: str, name: str, order: str) -> None:
     mutant = SUBJECTS[op].mutants[name]
-    found = run(op, order, mutant)
-    assert found.outcome in mutant.caught_by, f"{found.outcome}, not {' or '.join(mutant.caught_by)}"
+    assert_caught(run(op, order, mutant), mutant)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -90,22 +76,12 @@ def test_planted_fault(op: str, name: str, order: str) -> None:
 def test_equivalent_mutant(op: str, name: str, order: str) -> None:
     mutant = SUBJECTS[op].mutants[name]
     before, after = sound(op, order, mutant.case), run(op, order, mutant)
-    assert after.outcome == "fine"
-    for mine, theirs in zip(before.tensors, after.tensors, strict=True):
-        assert torch.equal(bits(mine), bits(theirs))
+    assert_touches_the_same(before, after)
     for mine, theirs in zip(before.counters, after.counters, strict=True):
-        assert mine.address_ranges == theirs.address_ranges
-        assert mine.buffer_ranges == theirs.buffer_ranges
-        assert theirs.unwaited_copies == 0
         waits = {wait.line: wait for wait in theirs.async_waits}
         for wait in mine.async_waits:  # one that is gone must have waited for nothing
             left = waits[wait.line].bytes_after if wait.line in waits else wait.bytes_before
             assert left == wait.bytes_after
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as integers, so that NaN equals NaN."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def test_a_survivor_is_not_taken_for_equivalent() -> None:
