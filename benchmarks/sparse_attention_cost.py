@@ -174,10 +174,13 @@ def count(*flat: Any) -> Count:
     )
 
 
-def steps_of_cuda(
+def work_of_cuda(
     p: Programs, ranges: Tensor, range_slice: Tensor, columns: Tensor, column_slice: Tensor, piece: int, n_k: int
-) -> Work:
-    """`work` of the kernel in CUDA C++: the keys of 32 ranges lie side by side, whatever gaps are between them."""
+) -> tuple[Work, Tensor]:
+    """`work` of the kernel in CUDA C++: the keys of 32 ranges lie side by side, whatever gaps are between them.
+
+    And the steps [P] that its programs share out among splits: all columns of the list count.
+    """
     ranges, range_slice, columns, column_slice = (x.long() for x in (ranges, range_slice, columns, column_slice))
     first, n_ranges = range_slice[p.tile].unbind(1)
     owner, rank = repeated(n_ranges)
@@ -188,6 +191,7 @@ def steps_of_cuda(
     keys = torch.zeros(int(rounds.sum()), dtype=torch.int64)
     keys.index_add_(0, (rounds.cumsum(0) - rounds)[owner] + rank // LANES, stop - start)
     steps, touched = int(ceil_div(keys, piece).sum()), covered(start, stop, n_k)
+    shared = torch.zeros_like(p.tile).index_add_(0, repeated(rounds)[0], ceil_div(keys, piece))
 
     first, n_columns = column_slice[p.tile].unbind(1)
     seen_from, seen_to = (lower_bound(columns, first, n_columns, at) for at in (p.low, p.high))
@@ -201,7 +205,8 @@ def steps_of_cuda(
     group = (groups.cumsum(0) - groups)[owner] + rank // piece
     steps += len(group[kept].unique())
     looked_at = (ceil_div(seen_to + 1, piece) * piece).minimum(n_columns)  # up to the one that nobody sees
-    return Work(steps, int((stop - start).sum()) + int(kept.sum()), int(n_ranges.sum()), int(looked_at.sum()), touched)
+    loaded = int((stop - start).sum()) + int(kept.sum())
+    return Work(steps, loaded, int(n_ranges.sum()), int(looked_at.sum()), touched), shared + groups
 
 
 def count_cuda(*flat: Any) -> Count:
@@ -215,7 +220,10 @@ def count_cuda(*flat: Any) -> Count:
     args = {"q_block": q_block, "group": group, "n_q": n_q, "n_k": n_k}
     args["q_offset"] = min(max(q_offset, -n_q), n_k) if causal else n_k
     same = B // samples * (H // group // lanes)
-    moved = steps = programs = 0
+    blocks = B * H // group * -(-n_q // q_block) * -(-q_block * group // block)
+    splits = min(512 // blocks, -(-(n_k + min(plan[2].shape[2], n_k)) // piece) // 8)  # at least 8 steps each
+    splits = min(max(splits, 1), 32)
+    moved = steps = programs = partial = 0
     keys_of: dict[tuple[int, int], Tensor] = {}
     for b in range(samples):
         p = Programs.of(
@@ -223,22 +231,27 @@ def count_cuda(*flat: Any) -> Count:
         )
         for lane in range(lanes):
             own = [x[min(b, x.shape[0] - 1), min(lane, x.shape[1] - 1)] for x in plan]
-            w = steps_of_cuda(p, *own, piece, n_k)
+            w, shared = work_of_cuda(p, *own, piece, n_k)
             at = (b, lane // (H // G))
             keys_of[at] = keys_of[at] | w.touched if at in keys_of else w.touched
             repeats = int((block * D // 256 - ceil_div(p.rows * D, 256)).sum())  # 256 numbers of q at once
-            rows, read = int(p.rows.sum()), 4 * (8 * w.range_loads + 4 * w.column_loads)  # of each of four warps
-            moved += same * (rows * (4 * D + 4) + 2 * D * repeats + read + 4 * D * w.keys)
+            rows, walks = int(p.rows.sum()), 2 * splits if splits > 1 else 1  # a split counts its keys first
+            read = 4 * (8 * walks * w.range_loads + 4 * w.column_loads)  # of each of four warps
+            read += 2 * D * splits * (rows + repeats)
+            if splits > 1:  # all are written, those with keys are read
+                with_keys = ceil_div(shared, ceil_div(shared, splits).clamp(min=8))
+                partial += same * (rows * splits * (4 * D + 8) + 4 * D * int((p.rows * with_keys).sum()))
+            moved += same * (rows * (2 * D + 4) + read + 4 * D * w.keys)
             steps += same * w.pieces
             programs += same * len(p.tile)
     touched = sum(int(keys.sum()) for keys in keys_of.values()) * (B * G // len(keys_of)) * 4 * D
     together = min(B * G, -(-TOGETHER * B * G // max(programs, 1)))
     return Count(
-        bytes=moved,
-        unique_bytes=touched + B * H * n_q * (4 * D + 4) + unique_plan(*plan, row_start),
+        bytes=moved + partial,
+        unique_bytes=touched + B * H * n_q * (4 * D + 4) + partial + unique_plan(*plan, row_start),
         flops_issued=4 * block * piece * D * steps,
         flops_useful=4 * D * pairs(n_q, n_k, plan, row_start, q_block, q_offset, causal, B, H),
-        exps=steps * block * (piece + 4),
+        exps=steps * block * (piece + 4) + (32 * B * H * n_q if splits > 1 else 0),
         resident_bytes=touched // max(B * G, 1) * together,
     )
 

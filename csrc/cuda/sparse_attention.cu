@@ -14,6 +14,8 @@ namespace scrimp::cuda::sparse_attention {
 
 using torch::headeronly::ScalarType;
 
+constexpr int64_t kFullGrid = 512;  // blocks that keep a large GPU busy
+
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
@@ -40,29 +42,50 @@ static List list_of(const Tensor& values, const Tensor& slices) {
           .values_h = stride(values, 1),
           .slices_b = stride(slices, 0),
           .slices_h = stride(slices, 1),
-          .capacity = static_cast<int32_t>(std::min<int64_t>(values.size(2), INT32_MAX))};
+          .capacity = std::min<int64_t>(values.size(2), INT32_MAX)};
 }
 
-template <class T, int D, int kTiles>
-static void launch(const Arguments& p, int64_t heads, cudaStream_t stream) {
-  using Size = Sizes<D, kTiles>;
-  const int64_t parts = divide_up(int64_t{p.q_block} * p.group, Size::kRows);
-  const int64_t blocks = heads * divide_up(p.n_q, p.q_block) * parts;
-  SCRIMP_CHECK(blocks <= INT32_MAX, "sparse_attention: ", blocks, " blocks are too many for one launch");
-  const auto kernel = sparse_attention_kernel<T, D, kTiles>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::kBytes);
-  if (status == cudaSuccess) {
-    kernel<<<static_cast<uint32_t>(blocks), kThreads, Size::kBytes, stream>>>(p);
-    status = cudaGetLastError();
-  }
+static void check_launch(cudaError_t status) {
   SCRIMP_CHECK(status == cudaSuccess, "sparse_attention: the launch failed: ", cudaGetErrorString(status));
 }
 
-template <class T, int D>
-static void run_as(const Arguments& p, int64_t heads, cudaStream_t stream) {
-  // Twice the rows share a load of keys, unless a tile's last block would be half empty.
+static int64_t blocks_of(const Arguments& p, int64_t rows) {
+  return p.n_rows / (int64_t{p.group} * p.n_q) * divide_up(p.n_q, p.q_block) *
+         divide_up(int64_t{p.q_block} * p.group, rows);
+}
+
+// Twice the rows share a load of keys, unless a tile's last block would be half empty.
+static int64_t rows_of_block(const Arguments& p) {
   const int64_t left = int64_t{p.q_block} * p.group % 128;
-  (left == 0 || left > 64 ? launch<T, D, 2> : launch<T, D, 1>)(p, heads, stream);
+  return left == 0 || left > 64 ? 128 : 64;
+}
+
+// Few blocks share their keys with others, so that a large GPU has work for all its multiprocessors.
+static int64_t splits_of(const Arguments& p, int64_t D) {
+  const int64_t steps = divide_up(p.n_k + std::min<int64_t>(p.columns.capacity, p.n_k), 4096 / D);
+  const int64_t wanted = kFullGrid / blocks_of(p, rows_of_block(p));
+  return std::clamp<int64_t>(std::min(wanted, steps / kLeastSteps), 1, kMostSplits);
+}
+
+template <class T, int D, int kTiles>
+static void attend(const Arguments& p, cudaStream_t stream) {
+  using Size = Sizes<D, kTiles>;
+  const int64_t blocks = blocks_of(p, Size::kRows);
+  SCRIMP_CHECK(blocks <= INT32_MAX, "sparse_attention: ", blocks, " blocks are too many for one launch");
+  const auto kernel = sparse_attention_kernel<T, D, kTiles>;
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Size::kBytes));
+  const dim3 grid(static_cast<uint32_t>(blocks), static_cast<uint32_t>(p.splits));
+  kernel<<<grid, kThreads, Size::kBytes, stream>>>(p);
+  check_launch(cudaGetLastError());
+}
+
+template <class T, int D>
+static void run_as(const Arguments& p, cudaStream_t stream) {
+  (rows_of_block(p) == 128 ? attend<T, D, 2> : attend<T, D, 1>)(p, stream);
+  if (p.splits == 1) return;
+  const int64_t blocks = divide_up(p.n_rows, kWarps);
+  sparse_attention_merge_kernel<T, D><<<static_cast<uint32_t>(blocks), kThreads, 0, stream>>>(p);
+  check_launch(cudaGetLastError());
 }
 
 // Slices, indices and row starts out of range are clamped.
@@ -96,7 +119,7 @@ static std::tuple<Tensor, Tensor> run(const Tensor& q, const Tensor& k, const Te
     bool shared = true;  // whether all heads have one plan
     for (const Tensor* tensor : {&ranges, &range_slice, &columns, &column_slice}) shared &= tensor->size(1) == 1;
     const int64_t group = shared ? H / G : 1;
-    const Arguments p = {
+    Arguments p = {
         .q = q.data_ptr(),
         .k = k.data_ptr(),
         .v = v.data_ptr(),
@@ -105,10 +128,13 @@ static std::tuple<Tensor, Tensor> run(const Tensor& q, const Tensor& k, const Te
         .row_start = row_start ? static_cast<const int32_t*>(row_start->data_ptr()) : nullptr,
         .out = out.data_ptr(),
         .lse = static_cast<float*>(lse.data_ptr()),
+        .partial = nullptr,
+        .partial_lse = nullptr,
         .q_strides = strides_of(q),
         .k_strides = strides_of(k),
         .v_strides = strides_of(v),
         .row_start_b = row_start && row_start->size(0) > 1 ? n_q : 0,
+        .n_rows = B * H * n_q,
         .H = static_cast<int32_t>(H),
         .group = static_cast<int32_t>(group),
         .shared_by = static_cast<int32_t>(H / G),
@@ -117,14 +143,23 @@ static std::tuple<Tensor, Tensor> run(const Tensor& q, const Tensor& k, const Te
         .q_block = static_cast<int32_t>(std::min(q_block, n_q)),
         // Without causality every query stands behind the last key.
         .q_offset = static_cast<int32_t>(causal ? std::clamp(q_offset, -n_q, n_k) : n_k),
+        .splits = 1,
         .scale = static_cast<float>(std::max(std::abs(scale) * 1.4426950408889634, 1e-30)),  // hidden scores are -inf
         .negative = scale < 0};
+    p.splits = static_cast<int32_t>(splits_of(p, D));
+    const int64_t several = p.splits > 1 ? p.splits : 0;
+    const Tensor partial = torch::stable::new_empty(lse, {several, p.n_rows, D});
+    const Tensor partial_lse = torch::stable::new_empty(lse, {several, p.n_rows});
+    if (several) {
+      p.partial = static_cast<float*>(partial.data_ptr());
+      p.partial_lse = static_cast<float*>(partial_lse.data_ptr());
+    }
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const bool half = dtype == ScalarType::Half;
     const auto run_typed = D == 64 ? (half ? run_as<__half, 64> : run_as<__nv_bfloat16, 64>)
                                    : (half ? run_as<__half, 128> : run_as<__nv_bfloat16, 128>);
-    run_typed(p, B * H / group, static_cast<cudaStream_t>(stream));
+    run_typed(p, static_cast<cudaStream_t>(stream));
   }
   return {torch::stable::transpose(out, 1, 2), lse};
 }

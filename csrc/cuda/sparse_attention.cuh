@@ -1,4 +1,5 @@
-// sparse_attention, the kernel: a block of rows of a plan's tile attends to the tile's keys.
+// sparse_attention, the kernels: a block of rows of a plan's tile attends to the tile's keys, or to a split of them;
+// the splits of a row are merged.
 #pragma once
 
 #include "cuda/sparse_attention.parts.cuh"
@@ -20,8 +21,8 @@ template <class Value>
 __device__ __forceinline__ const Value* slice_of(const List& list, const Rows& rows, const Arguments& p, int& count) {
   const int64_t h = rows.head / p.group;
   const int32_t* slice = list.slices + rows.b * list.slices_b + h * list.slices_h + int64_t{2} * rows.tile;
-  const int first = min(max(slice[0], 0), list.capacity);
-  count = min(max(slice[1], 0), list.capacity - first);
+  const int capacity = static_cast<int>(list.capacity), first = min(max(slice[0], 0), capacity);
+  count = min(max(slice[1], 0), capacity - first);
   return reinterpret_cast<const Value*>(list.values + rows.b * list.values_b + h * list.values_h) + first;
 }
 
@@ -47,7 +48,8 @@ __device__ __forceinline__ Tile tile_of(const Arguments& p, const Rows& rows) {
   return tile;
 }
 
-// Launched with a block for every kRows rows of every tile, of every head or group of heads that share a plan.
+// Launched with a block for every kRows rows of every tile, of every head or group of heads that share a plan; and for
+// every split of their keys.
 template <class T, int D, int kTiles>
 __global__ void __launch_bounds__(kThreads, 4 - kTiles) sparse_attention_kernel(const __grid_constant__ Arguments p) {
   using Size = Sizes<D, kTiles>;
@@ -79,6 +81,10 @@ __global__ void __launch_bounds__(kThreads, 4 - kTiles) sparse_attention_kernel(
   ptx::commit_copies();
 
   Walk<kKeys> walk{place.tile, max_of_warp(place.tile.n_ranges), max_of_warp(place.tile.n_columns)};
+  if (p.splits > 1) {
+    const int share = max((walk.count() + p.splits - 1) / p.splits, kLeastSteps);
+    walk.limit(share * blockIdx.y, share);
+  }
   const int64_t kv_head = rows.head / p.shared_by;
   const T* const k = static_cast<const T*>(p.k) + rows.b * p.k_strides.b + kv_head * p.k_strides.h;
   const T* const v = static_cast<const T*>(p.v) + rows.b * p.v_strides.b + kv_head * p.v_strides.h;
@@ -170,6 +176,24 @@ __global__ void __launch_bounds__(kThreads, 4 - kTiles) sparse_attention_kernel(
     }
     add_values<T, D, kTiles>(weights, stage + kKeys * D, sums);
   }
+  if (p.splits > 1) {
+#pragma unroll
+    for (int row = 0; row < 2 * kTiles; ++row) {
+      const int h = row % 2, r = rows.first + warp * kRowsOfWarp + row / 2 * 16 + h * 8 + lane / 4;
+      const float total = sum_of_quad(state[row / 2].total[h]), inverse = total == 0 ? 0 : 1 / total;
+      if (r >= rows.count) continue;
+      const int64_t token = rows.tile * p.q_block + r / p.group, head = rows.head + r % p.group, b = rows.b;
+      float* const to = p.partial + (blockIdx.y * p.n_rows + (b * p.n_q + token) * p.H + head) * D + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+        *reinterpret_cast<float2*>(to + n * 8) = {sums[row / 2][n][2 * h] * inverse,
+                                                  sums[row / 2][n][2 * h + 1] * inverse};
+      if (lane % 4 == 0)
+        p.partial_lse[blockIdx.y * p.n_rows + (b * p.H + head) * p.n_q + token] =
+            total == 0 ? -INFINITY : state[row / 2].top[h] + log2f(total);
+    }
+    return;
+  }
   __syncthreads();  // all warps are done with the stages, which now hold results
 
   T* const result = numbers + warp * kRowsOfWarp * D;
@@ -197,6 +221,46 @@ __global__ void __launch_bounds__(kThreads, 4 - kTiles) sparse_attention_kernel(
     T* const to = static_cast<T*>(p.out) + (token * p.H + rows.head + r % p.group) * D;
     reinterpret_cast<uint4*>(to)[i % kChunks] = *reinterpret_cast<const uint4*>(result + swizzled<D>(row, i % kChunks));
   }
+}
+
+// Launched with a warp for every row: its splits are added up in their order.
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads) sparse_attention_merge_kernel(const __grid_constant__ Arguments p) {
+  constexpr int kOwn = D / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;  // as [B, n_q, H]
+  if (row >= p.n_rows) return;
+  const int64_t b = row / p.H / p.n_q, at = (b * p.H + row % p.H) * p.n_q + row / p.H % p.n_q;  // as [B, H, n_q]
+  const float mine = lane < p.splits ? p.partial_lse[lane * p.n_rows + at] : -INFINITY;
+  float top = fmaxf(mine, kLowest);
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) top = fmaxf(top, __shfl_xor_sync(kAll, top, distance));
+  const float weight = ptx::exp2_approximate(mine - top);
+  float total = weight;
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) total += __shfl_xor_sync(kAll, total, distance);
+  float sums[kOwn] = {};
+  for (int split = 0; split < p.splits; ++split) {
+    const float of = __shfl_sync(kAll, weight, split);
+    if (of == 0) continue;
+    const float* from = p.partial + (split * p.n_rows + row) * D + lane * kOwn;
+    if constexpr (kOwn == 4) {
+      const float4 four = __ldcs(reinterpret_cast<const float4*>(from));
+      sums[0] = fmaf(of, four.x, sums[0]);
+      sums[1] = fmaf(of, four.y, sums[1]);
+      sums[2] = fmaf(of, four.z, sums[2]);
+      sums[3] = fmaf(of, four.w, sums[3]);
+    } else {
+      const float2 two = __ldcs(reinterpret_cast<const float2*>(from));
+      sums[0] = fmaf(of, two.x, sums[0]);
+      sums[1] = fmaf(of, two.y, sums[1]);
+    }
+  }
+  const float inverse = total == 0 ? 0 : 1 / total;
+  uint32_t* const to = reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + row * D) + lane * (kOwn / 2);
+#pragma unroll
+  for (int i = 0; i < kOwn / 2; ++i) to[i] = ptx::pack<T>(sums[2 * i] * inverse, sums[2 * i + 1] * inverse);
+  if (lane == 0) p.lse[at] = total == 0 ? -INFINITY : (top + log2f(total)) * 0.69314718f;
 }
 
 }  // namespace scrimp::cuda::sparse_attention

@@ -9,7 +9,8 @@ namespace scrimp::cuda::sparse_attention {
 // A row is one query of one head. Where all heads share a plan, the query heads of a key/value head lie side by side in
 // the rows of a tile (row r is query r / group of head r % group); elsewhere a block works on one head.
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 3;
-constexpr float kLowest = -3e38f;  // maxima are finite from the start, so hidden scores (-inf) weigh 0
+constexpr int kMostSplits = 32, kLeastSteps = 8;  // of a split; one lane a split
+constexpr float kLowest = -3e38f;                 // maxima are finite from the start, so hidden scores (-inf) weigh 0
 
 // Elements from index to index; the last dimension is contiguous.
 struct Strides {
@@ -20,7 +21,7 @@ struct Strides {
 struct List {
   const int32_t *values, *slices;
   int64_t values_b, values_h, slices_b, slices_h;
-  int32_t capacity;
+  int64_t capacity;
 };
 
 struct Arguments {
@@ -29,11 +30,13 @@ struct Arguments {
   const int32_t* row_start;  // [1 or B, n_q], or null
   void* out;                 // [B, n_q, H, D], contiguous
   float* lse;                // [B, H, n_q], contiguous
+  float* partial;            // [splits, B, n_q, H, D] and
+  float* partial_lse;        // [splits, B, H, n_q] (logarithm to base 2), where there are several splits
   Strides q_strides, k_strides, v_strides;
-  int64_t row_start_b;
-  int32_t H, group, shared_by, n_q, n_k, q_block, q_offset;
-  float scale;  // times log2(e), above zero
-  bool negative;
+  int64_t row_start_b, n_rows;  // n_rows = B H n_q
+  int32_t H, group, shared_by, n_q, n_k, q_block, q_offset, splits;
+  float scale;       // times log2(e), above zero
+  int32_t negative;  // whether it was below
 };
 
 // Rows of one tile, from `first` on; all of them belong to one sample and to `group` heads of one key/value head.

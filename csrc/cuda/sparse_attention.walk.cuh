@@ -29,6 +29,7 @@ struct Walk {
   const Tile& tile;
   const int n_ranges, n_columns;        // the tile's, as results of a reduction: so all lanes are known to share them
   int next_range = 0, next_column = 0;  // not looked at yet
+  int left = INT32_MAX;                 // steps, those of columns without a key among them
   int place = 0, total = 0;             // in the keys of the ranges at hand
   int upto = 0, base = 0;               // keys up to the end of this lane's range; at place i its key is base + i
   int run_upto = 0, run_base = 0;       // the same of the range in which the last step ended
@@ -50,16 +51,42 @@ struct Walk {
     place = run_upto = 0;
   }
 
+  // How many steps there are at the most: some of the columns may have no key.
+  __device__ __forceinline__ int count() {
+    int steps = 0;
+#pragma unroll 1
+    while (next_range < n_ranges) {
+      take_ranges();
+      steps += (total + kKeys - 1) / kKeys;
+    }
+    next_range = total = 0;
+    return steps + (n_columns + kKeys - 1) / kKeys;
+  }
+
+  // Leaves out the first `skipped` of them and takes `taken` of the others.
+  __device__ __forceinline__ void limit(int skipped, int taken) {
+    left = taken;
+#pragma unroll 1
+    while (next_range < n_ranges) {
+      take_ranges();
+      const int steps = (total + kKeys - 1) / kKeys;
+      place = min(skipped, steps) * kKeys;
+      if (skipped < steps) return;
+      skipped -= steps;
+    }
+    next_column = skipped * kKeys;
+  }
+
   // The lane's keys of the next step, kHidden where there are too few; false behind the last.
   __device__ __forceinline__ bool next(int (&key)[kOwn]) {
 #pragma unroll 1
     while (place >= total && next_range < n_ranges) take_ranges();
-    if (place < total) {
+    if (place < total && left-- > 0) {
       next_of_ranges(key);
       return true;
     }
 #pragma unroll 1
-    while (next_column < n_columns)
+    while (place >= total && next_column < n_columns && left-- > 0)
       if (next_columns(key)) return true;
     return false;
   }

@@ -7,14 +7,22 @@ from mutations import BARRIER, COMMIT, WAIT, Change, nth, weaker
 from subjects.sparse_attention import FIRST, HALVES, PLANS, by_token, flat, listed, long, make, mixed
 from subjects.subject import Case, Flat, Mutant, against_oracle, pairwise
 
+from scrimp import SparsePlan
+
 from .subject import CudaSubject, source
 
 HALF, BRAIN = HALVES
-REFERENCE, HEADS, PADDED = "mixed", "columns-200-64-1-float16", "padded-200-64-1-bfloat16"
+REFERENCE, HEADS, PADDED, SPLIT = "mixed", "columns-200-64-1-float16", "padded-200-64-1-bfloat16", "split"
 
 
 def scaled(scale: float) -> Flat:
     return (*mixed(64, HALF)[:11], scale)
+
+
+def split() -> Flat:
+    """Few rows and many keys; the last rows see none."""
+    tile = ([[0, 1100], [1110, 1190], [1400, 1536]], [*range(1200, 1400, 3)])
+    return flat(listed([tile, ([], [])], 67, 1536), 1536, 64, 3, 1, HALF)
 
 
 def cases() -> dict[str, Case]:
@@ -24,12 +32,14 @@ def cases() -> dict[str, Case]:
             row["dtype"] = HALVES[row["D"] == 64]
         found["-".join(str(value).removeprefix("torch.") for value in row.values())] = functools.partial(make, **row)
     return found | {
-        "long": functools.partial(long, 128, BRAIN),
+        "long": functools.partial(long, 128, HALF),
         "by_token": functools.partial(by_token, 64, BRAIN),
         "ends": lambda: flat(listed([([[0, 64 * i]][:i], []) for i in range(3)], 192, 192), 192, 64, 2, 1, HALF),
         "negative scale": functools.partial(scaled, -0.2),
         "no scale": functools.partial(scaled, 0.0),
-        "wide": functools.partial(make, "dense", 65, 128, 8, BRAIN),
+        SPLIT: split,
+        "split heads": lambda: flat(SparsePlan.dense(16, 1100), 1100, 128, 8, 1, BRAIN),
+        "split window": lambda: flat(SparsePlan.sliding_window(40, 1300, n_k=1500, q_block=40), 1500, 64, 2, 1, BRAIN),
         HEADS: functools.partial(make, "columns", 200, 64, 1, HALF),
         PADDED: functools.partial(make, "padded", 200, 64, 1, BRAIN),
         REFERENCE: functools.partial(mixed, 64, HALF),
@@ -85,8 +95,8 @@ BEFORE = r"(shfl\.sync\.up\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,"
 PRODUCT = r"mul\.lo\.s64(\s+%rd\d+), %rd\d+, %rd\d+;"
 
 
-def planted(change: Change, *caught_by: str, kernel: str = "__half, 64, 2", case: str = "") -> Mutant:
-    return Mutant(f"sparse_attention_kernel<{kernel}>", change, frozenset(caught_by), case=case)
+def planted(change: Change, *caught_by: str, kernel: str = "kernel<__half, 64, 2>", case: str = "") -> Mutant:
+    return Mutant(f"sparse_attention_{kernel}", change, frozenset(caught_by), case=case)
 
 
 def short(size: int, *buffers: str) -> dict[str, Mutant]:
@@ -98,7 +108,8 @@ def short(size: int, *buffers: str) -> dict[str, Mutant]:
     }
 
 
-one = functools.partial(planted, kernel="__half, 64, 1", case=HEADS)
+one = functools.partial(planted, kernel="kernel<__half, 64, 1>", case=HEADS)
+merged = functools.partial(planted, kernel="merge_kernel<__half, 64>", case=SPLIT)
 MUTANTS = {
     **{f"barrier {k} removed": planted(nth(BARRIER, k, ""), *COPY) for k in (0, 1)},
     "wait weakened": planted(weaker(1), *COPY),
@@ -116,14 +127,14 @@ MUTANTS = {
         parts("state.total[h] = fmaf", r"fma\.rn\.f32(\s+%f\d+), %f\d+, %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
     ),
     "no exponential": planted(nth(r"ex2\.approx\.ftz\.f32(\s+%f\d+), (%f\d+);", 5, r"mov.f32\1, \2;"), "value"),
-    "not inverted": planted(nth(r"rcp\.rn\.f32(\s+%f\d+), %f\d+;", 0, r"mov.f32\1, 0f3F800000;"), "value"),
+    "not inverted": planted(nth(r"rcp\.rn\.f32(\s+%f\d+), %f\d+;", -1, r"mov.f32\1, 0f3F800000;"), "value"),
     "logarithm to base 2": planted(nth("0f3F317218", 0, "0f3F800000"), "value"),
     "causal test off by one": planted(line("key.x > last", r"setp\.gt\.s32", None, "setp.ge.s32"), "value"),
     "no step masked": planted(nth(ANY, 5, r"setp.ne.s32\1, 0, 0;"), "value"),
     "a run of half a step": planted(
         walk("if (place + kKeys <= run_upto)", r"(add\.s32\s+%r\d+, %r\d+), 64;", -1, r"\1, 32;"), *WRONG
     ),
-    "ranges counted wrongly": planted(nth(BEFORE, 1, r"\1, 3,"), *WRONG),
+    "ranges counted wrongly": planted(nth(BEFORE, 11, r"\1, 3,"), *WRONG),
     "a key of the range before": planted(walk("step - 1) <= at", r"setp\.gt\.s32", None, "setp.ge.s32"), *WRONG),
     "a key behind the last": planted(walk("key[j] = at < total", r"setp\.lt\.s32", None, "setp.le.s32"), "value"),
     "columns inside a range twice": planted(
@@ -147,8 +158,32 @@ MUTANTS = {
     "commit of one tile's queries removed": one(nth(COMMIT, 0, ""), *COPY),
     "barrier of one tile removed": one(nth(BARRIER, 0, ""), *COPY),
     "first key off by one": planted(
-        line("key.x > last", r"setp\.lt\.s32", None, "setp.le.s32"), "value", kernel="__nv_bfloat16, 64, 1", case=PADDED
+        line("key.x > last", r"setp\.lt\.s32", None, "setp.le.s32"),
+        "value",
+        kernel="kernel<__nv_bfloat16, 64, 1>",
+        case=PADDED,
     ),
+    "every split from the first key": one(
+        line("walk.limit(share", r"mul\.lo\.s32(\s+%r\d+), %r\d+, %r\d+;", 0, r"mov.b32\1, 0;"), *WRONG, case=SPLIT
+    ),
+    "splits without an end": one(
+        walk("left-- > 0", r"setp\.\w+\.s32(\s+%p\d+, %r\d+), [01];", None, r"setp.eq.s32\1, 77;"), *WRONG, case=SPLIT
+    ),
+    "rows past the last": merged(line("if (row >= p.n_rows)", r"setp\.ge\.s64", 0, "setp.gt.s64"), *WRONG),
+    "splits past the last": merged(line("const float mine", r"setp\.ge\.s32", 0, "setp.gt.s32"), *WRONG),
+    **{f"maximum of half the splits, {k}": merged(nth(SHUFFLE, k, r"\1, 4,"), "value") for k in (3, 4)},
+    **{f"total of half the splits, {k}": merged(nth(SHUFFLE, k, r"\1, 4,"), "value") for k in (8, 9)},
+    "weights of no power": merged(nth(r"ex2\.approx\.ftz\.f32(\s+%f\d+), (%f\d+);", 0, r"mov.f32\1, \2;"), "value"),
+    "weight of the first split": merged(
+        nth(r"(shfl\.sync\.idx\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,", -1, r"\1, 0,"), "value"
+    ),
+    "sums of the first split": merged(line("const float* from", PRODUCT, None, r"mov.b64\1, 0;"), "value"),
+    "a number left out": merged(
+        line("sums[0] = fmaf(of, two.x", r"fma\.rn\.f32(\s+%f\d+), %f\d+, %f\d+, (%f\d+);", None, r"mov.f32\1, \2;"),
+        "value",
+    ),
+    "splits not inverted": merged(nth(r"rcp\.rn\.f32(\s+%f\d+), %f\d+;", 0, r"mov.f32\1, 0f3F800000;"), "value"),
+    "base 2 after the merge": merged(line("p.lse[at] = total", "0f3F317218", -1, "0f3F800000"), "value"),
     **short(2, "q", "k", "v"),
     **short(4, "ranges", "range_slice", "columns", "column_slice"),
 }  # fmt: skip
