@@ -161,8 +161,8 @@ void pack_integers(const Int4SparseRow& row, const Int4SparseList& list, const T
   }
 }
 
-// The listed values of a block. They lie at their places in the block when they are added up, so that their sum does not
-// depend on the list.
+// The listed values of a block. They lie at their places in the block when they are added up, so that their sum does
+// not depend on the list.
 template <class T>
 void pack_values(const Int4SparseRow& row, const Int4SparseList& list, const T* x, int64_t block, int64_t first,
                  int64_t last, int64_t at) {

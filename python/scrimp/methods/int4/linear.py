@@ -15,7 +15,7 @@ from ...ops import int4_linear
 from ...ops.int4_linear import MODES
 from ..generation.linear import Packed, Part
 
-_int4_linear = OPS["int4_linear"].call
+_int4_linear = OPS["int4_linear"].run
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 
