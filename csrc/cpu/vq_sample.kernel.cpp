@@ -15,6 +15,7 @@ namespace scrimp::SCRIMP_ISA {
 namespace {
 
 constexpr int64_t kBlock = 32 * kLanes;  // tokens after which candidates are looked at
+constexpr int64_t kAhead = 1024;         // tokens whose codes are prefetched
 constexpr int kHalf = kLanes / 2;
 constexpr float kSlack = 1.0001f;  // more than the rounding of a candidate's test
 constexpr float kLeastNoise = 4;   // more than -log(-log u) of the smallest u, 2^-53, is below 0
@@ -311,6 +312,7 @@ bool add_tokens(const VqRow& row, const VqChoice& choice, int64_t first, int64_t
     const Vec units = exp2(broadcast(ahead * kLog2E)) * kUnits;
     IntVec some{}, outside{};
     for (int64_t v = first; v < end; v += kLanes) {
+      __builtin_prefetch(row.codes + v + kAhead);
       const BitsVec code = codes_of(row, v, outside);
       if (greedy && best.token < v) continue;
       int32_t index[kLanes];

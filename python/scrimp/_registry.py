@@ -74,7 +74,7 @@ def register(
     reference: Callable[..., Any],
     cuda_takes: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `scrimp::<name>` and returns the callable that dispatches to its best implementation.
+    """Defines `scrimp::<name>` and returns a function that dispatches to its best implementation.
 
     `cuda_takes` says of flat arguments whether the kernels in CUDA C++ take them; None where they take all. An op
     registered this way has no backward: inputs that require grad are refused by name.
@@ -100,7 +100,15 @@ def register(
 
     _library.impl(name, refuse_gradients, "Autograd")
     OPS[name] = Op(name, call, reference, _bind_cuda(name, cuda_takes))
-    return call
+
+    def without_gradients(*args: Any) -> Any:
+        """Where none are recorded, the dispatcher need not come back to Python to have them refused."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return call(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*args)
+
+    return without_gradients
 
 
 def _bind_cuda(name: str, takes: Callable[..., bool] | None) -> dict[str, Callable[..., Any]]:
