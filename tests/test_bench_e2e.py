@@ -15,6 +15,7 @@ from scrimp.benchmarks import (
     measure,
     registry,
     rows,
+    same_choices,
     wina_lossless,
     wina_plot,
     wina_quality,
@@ -22,8 +23,10 @@ from scrimp.benchmarks import (
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import scrimp
 from scrimp.methods.int4.quantize import METHODS
 from scrimp.methods.tree_decoding import LookupDraft, RecyclingDraft
+from scrimp.methods.wina import Selection
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -113,10 +116,45 @@ def test_sparse_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.
     assert found[0]["perplexity_ratio"] != pytest.approx(1, rel=1e-3)
     got = problem.ours()
     got[0, 3] = (got[0, 3] + 1) % 97
-    with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
+    with pytest.raises(AssertionError, match="tokens are not those of our ops one by one"):
         problem.check(got)
     for made in (e2e.quantized, e2e.sparsified):
         made.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["", "exact"])
+def test_hugging_face_gets_our_choices(mode: str, model: Any) -> None:
+    sparse = copy.deepcopy(model)
+    if mode:
+        scrimp.quantize(sparse, "rtn", 16, mode=mode)
+    texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+    scrimp.sparsify(sparse, scrimp.calibrate(sparse, texts, progress=False), 0.5)
+    got, near = e2e.of_model(sparse, IDS[:1], 6).ours(), e2e.NEAR_TIE[torch.float32]
+    with same_choices.recorded_choices(sparse) as choices:
+        e2e.recorded(sparse, IDS[:1].tolist(), None, max_new_tokens=6, ignore_eos=True)
+    with torch.no_grad():
+        own = e2e.stepwise(sparse, IDS[:1], got)
+        for layer in same_choices.layers(sparse).values():
+            layer.selection.level.mul_(0.97)
+        assert (e2e.stepwise(sparse, IDS[:1], got) - own).abs().max() > near
+        with same_choices.replayed_choices(sparse, choices):
+            torch.testing.assert_close(e2e.stepwise(sparse, IDS[:1], got), own, rtol=0, atol=near)
+    assert all(type(layer.selection) is Selection for layer in same_choices.layers(sparse).values())
+
+
+def test_sparse_logits_of_other_bits_are_seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    got, exact = e2e.of_model(model, IDS[:1], 6).ours(), e2e.recorded
+    count = iter(range(2))
+
+    def nudged(*args: Any, **asked: Any) -> Any:
+        found, logits = exact(*args, **asked)
+        first = next(iter(logits))
+        logits[first] = logits[first] if next(count) else logits[first].nextafter(torch.tensor(torch.inf))
+        return found, logits
+
+    monkeypatch.setattr(e2e, "recorded", nudged)
+    with pytest.raises(AssertionError, match="1 of 6 rows of logits differ in bits from our ops one by one"):
+        e2e.sparse_check(model, IDS[:1], got)
 
 
 def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
