@@ -188,6 +188,22 @@ def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest
     assert (tmp_path / "again.svg").read_text() == picture.read_text()
 
 
+def test_wina_quality_of_4_bits(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256, "initializer_range": 0.1}))
+    scrimp.quantize(wide, "rtn", 16)
+    wide.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "rows.json"
+    sizes = ["--texts", "2", "--length", "32", "--window", "32", "--windows", "2", "--sparsities", "0", "0.5"]
+    for mode in ("exact", "int8"):
+        asked = ["--mode", mode, "--variants", "cats:uniform", "wina:knapsack", *sizes, "--json", str(out)]
+        assert wina_quality.main([str(tmp_path / "model"), *asked]) == 0
+        none, half = json.loads(out.read_text())
+        assert half["case"] == "wina-knapsack-0.5"
+        assert (none["dropped"], half["dropped"]) == pytest.approx((0, 0.5), abs=0.05)
+        assert none["kl_mean"] < 1e-5 < half["kl_mean"]
+
+
 def test_wina_lossless(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256}))
     wide.save_pretrained(tmp_path / "model")
