@@ -16,6 +16,7 @@ from scrimp.benchmarks import (
     registry,
     rows,
     same_choices,
+    wina_loops,
     wina_lossless,
     wina_plot,
     wina_quality,
@@ -140,6 +141,23 @@ def test_hugging_face_gets_our_choices(mode: str, model: Any) -> None:
         with same_choices.replayed_choices(sparse, choices):
             torch.testing.assert_close(e2e.stepwise(sparse, IDS[:1], got), own, rtol=0, atol=near)
     assert all(type(layer.selection) is Selection for layer in same_choices.layers(sparse).values())
+
+
+def test_loops_are_compared(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+    sparse = copy.deepcopy(model)
+    scrimp.sparsify(sparse, scrimp.calibrate(sparse, texts, progress=False), 0.5)
+    found = wina_loops.apart(sparse, IDS[:1], 6)
+    assert found.same < e2e.NEAR_TIE[torch.float32]
+    assert found.channels or found.own < e2e.NEAR_TIE[torch.float32]
+    assert found.calls == 5 * 2 * 7
+    monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
+    monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch])
+    monkeypatch.setattr(e2e, "sparsified", lambda mode: sparse)
+    assert wina_loops.main(["--tokens", "4"]) == 0
+    assert capsys.readouterr().out.count(" in 42 choices taken by one loop alone") == 2
 
 
 def test_sparse_logits_of_other_bits_are_seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
