@@ -56,7 +56,7 @@ struct Exact {
   void prefetch(int64_t row) const {
     const int64_t bytes = head.K * head.element();
     const char* first = static_cast<const char*>(head.weight.data_ptr()) + row * head.weight.stride(0) * head.element();
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 2);
   }
 
   // Logits of hidden state m for `count` rows of the head from `first` on, or for those of `index`; at most
