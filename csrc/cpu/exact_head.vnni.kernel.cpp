@@ -2,8 +2,9 @@
 // every instruction set up to the scale and bound that close a row.
 //
 // A vector of codes holds kLanes rows of the head x 2 words of 16 bits; a word holds 2 or 4 coordinates, which are cut
-// out by a shift and a mask and multiplied pairwise with the hidden state's integers; with VNNI as bytes, four at a time.
-// Integers of a hidden state have 16 bits, but in most groups their lower byte is 0: there the upper one is enough.
+// out by a shift and a mask and multiplied pairwise with the hidden state's integers; with VNNI as bytes, four at a
+// time. Integers of a hidden state have 16 bits, but in most groups their lower byte is 0: there the upper one is
+// enough.
 #include "cpu/exact_head.h"
 
 #include "common/byte_products.h"
@@ -14,9 +15,9 @@ namespace scrimp::SCRIMP_ISA {
 namespace {
 
 constexpr int64_t kPairs = kScreenGroup / 2;
-constexpr int kLargest = 32639;       // 127 * 256 + 127
+constexpr int kLargest = 32639;  // 127 * 256 + 127
 constexpr int kLargestByte = 127;
-constexpr double kShare = 0.1;  // of the bound: where a byte would add more in one group, it has two
+constexpr double kShare = 0.1;               // of the bound: where a byte would add more in one group, it has two
 constexpr int kMost = kLanes == 16 ? 8 : 4;  // hidden states whose sums stay in registers
 constexpr int64_t kVectorBytes = 4 * kScreenTile;
 constexpr int64_t kVectors = kScreenTile / kLanes;  // of rows in a tile
@@ -46,8 +47,8 @@ SCRIMP_INLINE void put_integers(const int16_t* integers, bool wide, int32_t* pie
 
 // sum[r][c] += one group of kLanes rows of the head, from codes[r] on, x one byte of each integer of hidden state c
 template <int Bits, int R, int C>
-SCRIMP_INLINE void add_bytes(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead, const int32_t* pieces,
-                             int64_t stride) {
+SCRIMP_INLINE void add_bytes(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead,
+                             const int32_t* pieces, int64_t stride) {
   constexpr int kFields = 8 / Bits;
 #pragma GCC unroll 4
   for (int vector = 0; vector < 2 * Bits; ++vector) {
@@ -59,9 +60,7 @@ SCRIMP_INLINE void add_bytes(IntVec (&sum)[R][C], const uint8_t* const (&codes)[
 #pragma GCC unroll 2
     for (int field = 0; field < kFields; ++field, pieces += stride) {
       BitsVec piece[R];
-      for_vectors<R, 1>([&](int r, int) {
-        piece[r] = Bits == 8 ? bits[r] : bits[r] >> Bits * field & 0x0f0f0f0f;
-      });
+      for_vectors<R, 1>([&](int r, int) { piece[r] = Bits == 8 ? bits[r] : bits[r] >> Bits * field & 0x0f0f0f0f; });
       for_vectors<1, C>([&](int, int c) {
         const IntVec quad = broadcast_int(pieces[c]);
         for_vectors<R, 1>([&](int r, int) { sum[r][c] = WideSums::add(sum[r][c], piece[r], quad); });
@@ -73,8 +72,8 @@ SCRIMP_INLINE void add_bytes(IntVec (&sum)[R][C], const uint8_t* const (&codes)[
 // sum[r][c] = one group of kLanes rows of the head, from codes[r] on, x hidden state c, whose bytes lie every `stride`;
 // it is 0 before
 template <int Bits, int R, int C>
-SCRIMP_INLINE void add_group(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead, const int32_t* pieces,
-                             int64_t stride, bool fine) {
+SCRIMP_INLINE void add_group(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead,
+                             const int32_t* pieces, int64_t stride, bool fine) {
   add_bytes<Bits, R, C>(sum, codes, ahead, pieces, stride);
   for_vectors<R, C>([&](int r, int c) { sum[r][c] <<= 8; });
   if (fine) add_bytes<Bits, R, C>(sum, codes, ahead, pieces + kQuads * stride, stride);
@@ -101,8 +100,8 @@ SCRIMP_INLINE IntVec add_pieces(IntVec sum, Words a, IntVec b) {
 
 // sum[r][c] += one group of kLanes rows of the head, from codes[r] on, x hidden state c, whose pairs lie every `stride`
 template <int Bits, int R, int C>
-SCRIMP_INLINE void add_group(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead, const int32_t* pieces,
-                             int64_t stride, bool) {
+SCRIMP_INLINE void add_group(IntVec (&sum)[R][C], const uint8_t* const (&codes)[R], int64_t ahead,
+                             const int32_t* pieces, int64_t stride, bool) {
   constexpr int kFields = 16 / Bits;
   constexpr uint16_t kMask = (1 << Bits) - 1;
 #pragma GCC unroll 4
