@@ -63,9 +63,8 @@ struct VqRows {
   void choose(const std::vector<int64_t>& rows, int64_t* token) const {
     tokens.check_codes();
     const int64_t many = static_cast<int64_t>(rows.size());
-    for_each_item(many, worker_count(many, 10 * many * tokens.V * tokens.G), [&](int64_t item, int64_t) {
-      token[rows[item]] = SCRIMP_KERNEL(vq_sample)(row(rows[item]));
-    });
+    for_each_item(many, worker_count(many, 10 * many * tokens.V * tokens.G),
+                  [&](int64_t item, int64_t) { token[rows[item]] = SCRIMP_KERNEL(vq_sample)(row(rows[item])); });
   }
 
   // All rows, blocks of tokens one after the other. Returns the rows whose token the scores of the codes do not tell.
