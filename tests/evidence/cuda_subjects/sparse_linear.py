@@ -189,9 +189,6 @@ SUBJECT = CudaSubject(
     least_bytes=least_bytes,
     mutant_case=MUTATED,
     mutants=MUTANTS,
-    idle={
-        "no rows": functools.partial(make, 0, 100, 24, HALF, added=True),
-        "no outputs": functools.partial(make, 3, 100, 0, BRAIN),
-    },
+    idle={"no rows": functools.partial(make, 0, 100, 24, HALF, added=True)},
     bad=BAD,
 )
