@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "common/memory.h"
 #include "common/team.h"
@@ -84,17 +85,29 @@ static Tensor apply_dense(const Parts& parts, const Tensor& x, const std::option
   return linear(x, weights, biases, residual);
 }
 
+// Whether a selection keeps x as it is: its level is below every score.
+static bool keeps_all(const std::optional<Tensor>* selection) {
+  const Tensor& level = *selection[0];
+  const bool is_number = level.is_cpu() && level.scalar_type() == torch::headeronly::ScalarType::Float &&
+                         level.dim() == 1 && level.size(0) == 1;
+  return is_number && *static_cast<const float*>(level.data_ptr()) < 0 && !selection[1] && !selection[2];
+}
+
 // The parts for the channels of x that matter, into out.
 static void apply_sparse(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual,
                          const Tensor& out) {
   const auto* s = parts.selection;
-  const Tensor kept = cpu_empty(x, x.sizes());
+  const bool all = keeps_all(s);
+  const int64_t K = x.size(2);
+  const Tensor kept = all ? x : cpu_empty(x, x.sizes());
   Memory memory;
-  const int64_t index = memory.reserve<int32_t>(x.size(2)), energy = memory.reserve<float>(2 * x.size(0) * x.size(1));
+  const int64_t index_at = memory.reserve<int32_t>(K), energy = memory.reserve<float>(2 * x.size(0) * x.size(1));
   memory.allocate();
-  const ChannelList channels{memory.at<int32_t>(index),
-                             channel_select_to(kept, memory.at<int32_t>(index), memory.at<float>(energy), x, *s[0],
-                                               s[1], s[2], std::nullopt, kRelativeRule, /*common=*/false)};
+  int32_t* const index = memory.at<int32_t>(index_at);
+  if (all) std::iota(index, index + K, 0);
+  const ChannelList channels{index, all ? K
+                                        : channel_select_to(kept, index, memory.at<float>(energy), x, *s[0], s[1], s[2],
+                                                            std::nullopt, kRelativeRule, /*common=*/false)};
   std::vector<Int4ChannelsOf> weights;
   for (int64_t i = 0, first = 0; i < parts.count; ++i) {
     const auto* t = parts.tensors + i * kTensors;

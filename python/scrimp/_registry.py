@@ -25,8 +25,10 @@ _library = torch.library.Library("scrimp", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op: its dispatcher handle `call`, `run` (the same result, sooner under torch.no_grad()), its
-    plain-torch reference, its GPU kernels, first the one that runs."""
+    """One registered op: its dispatcher handle, its plain-torch reference, its GPU kernels, first the one that runs.
+
+    `run` is `call` without the detour through Python that refuses gradients, where none are asked for.
+    """
 
     name: str
     call: Callable[..., Any]

@@ -14,7 +14,7 @@ from ...int4_weight.check import ZERO_KINDS
 from ...ops._int4 import MODES, check_mode
 from ..generation.linear import Packed, Part
 
-_run, _int4_linear = OPS["int4_linear"].run, OPS["int4_linear"].call
+_int4_linear = OPS["int4_linear"].run
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 
@@ -64,7 +64,7 @@ class Int4Linear(nn.Module):
         self.weight.validate(who)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run(x, *_arguments(self))
+        return _int4_linear(x, *_arguments(self))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
