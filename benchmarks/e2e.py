@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from scrimp.methods.tree_decoding import (
 
 from . import draft_maps
 from .peers import hf
-from .registry import Case, Problem, Work
+from .registry import Call, Case, Problem, Work
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may prefer another token than ours
@@ -221,11 +222,12 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
     dense, tokenizer = loaded(FP32)
     model = quantized("int8") if kind == "head-int4" else dense
     ids, choice = prompts(kind, tokenizer, length, 1), HEADS[kind]
-    with_dense = of_model(model, ids, new, **choice)
+    watch = HeadWatch()
+    with_dense = of_model(model, ids, new, wrap=watch.on, **choice)
     head: Any = scrimp.compress_head(model, "exact", tokens=text.windows(tokenizer, WINDOW, "calibration", WINDOWS))
     problem = of_model(model, ids, new, **choice)
     scrimp.compress_head(model, "dense")
-    expected = with_dense.ours()
+    expected = watch.time(with_dense.ours)
 
     def same(got: Tensor) -> None:
         if not torch.equal(got, expected):
@@ -233,9 +235,41 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
 
     def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
         fell_back = head.counts["fell back"] + head.counts["tied"]
-        return {**problem.of_row(row), "fallback_rate": float(f"{fell_back / max(head.counts['screened'], 1):.3g}")}
+        rate = float(f"{fell_back / max(head.counts['screened'], 1):.3g}")
+        return {**problem.of_row(row), "fallback_rate": rate, **watch.fields(row["ratio"])}
 
-    return replace(problem, check=same, own={"self-dense-head": with_dense.ours}, of_row=of_row)
+    return replace(problem, check=same, own={"self-dense-head": lambda: watch.time(with_dense.ours)}, of_row=of_row)
+
+
+class HeadWatch:
+    """The share of a head in the time of generations, by threads, and what would be left of them without it."""
+
+    def __init__(self) -> None:
+        self.spent: dict[int, list[float]] = {}  # seconds of the head, of everything
+
+    def on(self, view: DecoderModel) -> DecoderModel:
+        """The model with a head that is timed."""
+
+        def head(x: Tensor) -> Tensor:
+            return self.time(lambda: view.head(x), part=0)
+
+        return replace(view, head=head)
+
+    def time(self, call: Call, part: int = 1) -> Tensor:
+        """Calls, and keeps the time."""
+        start = perf_counter()
+        found: Tensor = call()
+        self.spent.setdefault(torch.get_num_threads(), [0.0, 0.0])[part] += perf_counter() - start
+        return found
+
+    def fields(self, ratio: float | None) -> dict[str, Any]:
+        """The dense head's share, the gain of a head that takes no time, and how much of that was reached."""
+        if ratio is None:
+            return {}
+        head, all_of_it = self.spent[torch.get_num_threads()]
+        allowed = all_of_it / (all_of_it - head)
+        found = {"head_share": head / all_of_it, "allowed": allowed, "of_allowed": ratio / allowed}
+        return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def of_model(
@@ -244,13 +278,14 @@ def of_model(
     new: int,
     near_tie: float | None = None,
     trees: Callable[[], Sequence[DraftSource]] | None = None,
+    wrap: Callable[[DecoderModel], DecoderModel] = lambda view: view,
     **choice: Any,
 ) -> Problem:
     """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; by trees of the sources of `trees`.
 
     Every call starts with fresh sources; the cost curve is measured once. `choice` are settings of the sampling.
     """
-    view = decoder_model(model)
+    view = wrap(decoder_model(model))
     batch, length = ids.shape
 
     last: list[Any] = [None]
