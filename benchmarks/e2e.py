@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -227,7 +228,7 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
     head: Any = scrimp.compress_head(model, "exact", tokens=text.windows(tokenizer, WINDOW, "calibration", WINDOWS))
     problem = of_model(model, ids, new, **choice)
     scrimp.compress_head(model, "dense")
-    expected = watch.time(with_dense.ours)
+    expected = watch.generation(with_dense.ours)
 
     def same(got: Tensor) -> None:
         if not torch.equal(got, expected):
@@ -238,37 +239,40 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
         rate = float(f"{fell_back / max(head.counts['screened'], 1):.3g}")
         return {**problem.of_row(row), "fallback_rate": rate, **watch.fields(row["ratio"])}
 
-    return replace(problem, check=same, own={"self-dense-head": lambda: watch.time(with_dense.ours)}, of_row=of_row)
+    return replace(problem, check=same, own={"self-dense-head": lambda: watch.generation(with_dense.ours)}, of_row=of_row)
 
 
 class HeadWatch:
-    """The share of a head in the time of generations, by threads, and what would be left of them without it."""
+    """The share of a head in the time of generations, and what would be left of them without it."""
 
     def __init__(self) -> None:
-        self.spent: dict[int, list[float]] = {}  # seconds of the head, of everything
+        self.head = 0.0  # seconds since the generation began
+        self.shares: dict[int, list[float]] = {}  # by threads
 
     def on(self, view: DecoderModel) -> DecoderModel:
         """The model with a head that is timed."""
 
         def head(x: Tensor) -> Tensor:
-            return self.time(lambda: view.head(x), part=0)
+            start = perf_counter()
+            found: Tensor = view.head(x)
+            self.head += perf_counter() - start
+            return found
 
         return replace(view, head=head)
 
-    def time(self, call: Call, part: int = 1) -> Tensor:
-        """Calls, and keeps the time."""
-        start = perf_counter()
+    def generation(self, call: Call) -> Tensor:
+        """Calls, and keeps the head's share of the time."""
+        self.head, start = 0.0, perf_counter()
         found: Tensor = call()
-        self.spent.setdefault(torch.get_num_threads(), [0.0, 0.0])[part] += perf_counter() - start
+        self.shares.setdefault(torch.get_num_threads(), []).append(self.head / (perf_counter() - start))
         return found
 
     def fields(self, ratio: float | None) -> dict[str, Any]:
         """The dense head's share, the gain of a head that takes no time, and how much of that was reached."""
         if ratio is None:
             return {}
-        head, all_of_it = self.spent[torch.get_num_threads()]
-        allowed = all_of_it / (all_of_it - head)
-        found = {"head_share": head / all_of_it, "allowed": allowed, "of_allowed": ratio / allowed}
+        share = median(self.shares[torch.get_num_threads()])
+        found = {"head_share": share, "allowed": 1 / (1 - share), "of_allowed": ratio * (1 - share)}
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
