@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/memory.h"
+#include "common/team.h"
 #include "common/tensors.h"
 #include "cpu/linear.h"
 #include "cpu/ops.h"
@@ -191,17 +192,18 @@ static void check(const Tensor& x, const OptionalTensors& norms, const std::vect
   }
 }
 
-static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::vector<double>& eps,
+static Tensor decoder_layers(const Tensor& hidden, const OptionalTensors& norms, const std::vector<double>& eps,
                              const OptionalTensors& linears, const std::vector<int64_t>& formats,
                              const OptionalTensors& selections, const Tensor& cos, const Tensor& sin,
                              const Tensor& positions, const Tensor& start, const Tensor& prefix,
                              const std::optional<Tensor>& ancestors, const std::vector<Tensor>& k_caches,
                              const std::vector<Tensor>& v_caches, const std::vector<int64_t>& windows, int64_t heads,
                              int64_t activation, double scale) {
-  check(x, norms, eps, linears, formats, selections, k_caches, v_caches, windows, heads, activation);
-  if (k_caches.empty()) return torch::stable::clone(x);
-  const int64_t B = x.size(0), T = x.size(1);
-  for (size_t i = 0; i < k_caches.size(); ++i) {
+  check(hidden, norms, eps, linears, formats, selections, k_caches, v_caches, windows, heads, activation);
+  if (k_caches.empty()) return torch::stable::clone(hidden);
+  const int64_t B = hidden.size(0), T = hidden.size(1);
+  Tensor x = hidden;
+  const auto layer = [&](size_t i) {
     const auto parts = [&](int64_t group) -> Parts {
       const int64_t first = i * kParts + kFirst[group];
       return {.tensors = linears.data() + first * kTensors,
@@ -227,7 +229,10 @@ static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::
     const Tensor gate_up = apply(parts(2), norm(x, 3), std::nullopt);
     const int64_t half = gate_up.size(2) / 2;
     x = apply(parts(3), activate(activation, slice(gate_up, 0, half), slice(gate_up, half, half)), x);
-  }
+  };
+  Team::run([&] {
+    for (size_t i = 0; i < k_caches.size(); ++i) layer(i);
+  });
   return x;
 }
 

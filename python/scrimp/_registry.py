@@ -103,6 +103,7 @@ def register(
             return call(*args)
 
     def run(*args: Any) -> Any:
+        """Past the refusal where nothing records gradients: being asked takes longer than a small kernel."""
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
             return call(*args)
         with torch._C._AutoDispatchBelowAutograd():
