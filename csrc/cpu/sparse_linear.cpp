@@ -47,7 +47,7 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
   const int64_t run = std::min(kRun, kSums / rows_most);
   const int64_t turns = (N + workers * run - 1) / (workers * run);
   const int64_t share = (N + workers * turns - 1) / (workers * turns);
-  const int64_t width = (share + 63) / 64 * 64, items = (N + width - 1) / width;
+  const int64_t width = (share + 31) / 32 * 32, items = (N + width - 1) / width;
   Memory memory;
   const int64_t packed_at = memory.reserve<float>(rows_most * listed);
   const int64_t sums_at = memory.reserve<float>(2 * workers * rows_most * width);
