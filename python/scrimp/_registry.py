@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import is_grad_enabled, is_inference_mode_enabled
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
 from . import _ext
 
+below_autograd = torch._C._AutoDispatchBelowAutograd
 _library = torch.library.Library("scrimp", "FRAGMENT")
 
 
@@ -90,12 +93,12 @@ def register(
         return isinstance(value, torch.Tensor) and value.requires_grad
 
     def refuse_gradients(*args: Any) -> Any:
-        if torch.is_grad_enabled() and requires_grad(args):
+        if is_grad_enabled() and requires_grad(args):
             raise RuntimeError(
                 f"scrimp::{name} has no backward, but an input requires grad; "
                 "call it under torch.no_grad() or detach its inputs"
             )
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
@@ -103,9 +106,9 @@ def register(
 
     def without_gradients(*args: Any) -> Any:
         """Where none are recorded, the dispatcher need not come back to Python to have them refused."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        if is_compiling() or is_grad_enabled() or is_inference_mode_enabled():
             return call(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return call(*args)
 
     return without_gradients
