@@ -31,10 +31,13 @@ from scrimp.methods.tree_decoding import (
     RecyclingDraft,
     trained,
 )
+from scrimp.testing import same_bits
 
 from . import draft_maps
 from .peers import hf
 from .registry import Call, Case, Problem, Work
+from .same_choices import recorded_choices, replayed_choices
+from .tree_exact import recorded
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may prefer another token than ours
@@ -202,17 +205,13 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
 
 
 def sparse_problem(mode: str, length: int, new: int) -> Problem:
-    """Hugging Face's logits are those of one token after the other: several at once are read densely.
-
-    4-bit layers run in exact mode: activations of 8 bits move the choice of channels, and with it the logits, by more
-    than a check of tokens can bear.
-    """
+    """4-bit layers run in exact mode: 8-bit activations move the choice of channels, and so Hugging Face's tokens."""
     fp32, tokenizer = loaded(FP32)
     model, ids = sparsified(mode), prompts("sparse", tokenizer, length, 1)
     own = {"self-dense": quantized(mode) if mode else fp32, "self-fp32": fp32}
     return replace(
         problem := of_model(model, ids, new),
-        check=lambda got: check(model, ids, got, NEAR_TIE[FP32], stepwise),
+        check=lambda got: sparse_check(model, ids, got),
         own={name: of_model(other, ids, new).ours for name, other in own.items()},
         fields={**problem.fields, "sparsity": SPARSITY, "mode": mode},
     )
@@ -366,6 +365,25 @@ def check(
             f"token {worst % got.shape[1]} of sequence {worst // got.shape[1]} is {float(behind.max()):.3g} behind the "
             "best one by Hugging Face's logits"
         )
+
+
+def sparse_check(model: Any, ids: Tensor, got: Tensor) -> None:
+    """Tokens and logits have the bits of our ops one by one, and Hugging Face's logits agree given the same choices.
+
+    Those are read one token after the other: several at once are read densely.
+    """
+    view, texts = decoder_model(model), ids.tolist()
+    asked = {"max_new_tokens": got.shape[1], "ignore_eos": True}
+    _, together = recorded(view, texts, None, **asked)
+    with recorded_choices(model) as choices:
+        found, one_by_one = recorded(view, texts, None, **asked)
+    if got.tolist() != [completion.tokens for completion in found]:
+        raise AssertionError("the tokens are not those of our ops one by one")
+    different = sum(text not in one_by_one or not same_bits(together[text], one_by_one[text]) for text in together)
+    if different:
+        raise AssertionError(f"{different} of {len(together)} rows of logits differ in bits from our ops one by one")
+    with replayed_choices(model, choices):
+        check(model, ids, got, NEAR_TIE[FP32], stepwise)
 
 
 def agreement(results: tuple[Tensor, Tensor]) -> dict[str, Any]:

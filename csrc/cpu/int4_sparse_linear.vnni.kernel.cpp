@@ -134,33 +134,58 @@ float quantize(const float* values, int64_t columns, int8_t* integers, float* sc
   return sum_lanes(sum);
 }
 
-// The listed values lie at their places in the block, so that sums do not depend on the list; fillers read a zero
-// behind it.
+// Whether number j of the list only fills a quad: the block's last channel once more.
+SCRIMP_INLINE bool is_filler(const Int4SparseList& list, int64_t j) {
+  return j % 4 != 0 && list.channel[j] == list.channel[j - 1];
+}
+
+// The listed values of a block, which has the quads [first, last), as integers. What depends on all of them depends on
+// no order.
+template <class T>
+void pack_integers(const Int4SparseRow& row, const Int4SparseList& list, const T* x, int64_t first, int64_t last,
+                   int64_t at) {
+  const Int4SparseRows& to = *row.to;
+  const int64_t count = 4 * (last - first);
+  const int32_t* const input = list.input + 4 * first;
+  float values[kInt4Block];
+  int8_t integers[kInt4Block] = {};
+  for (int64_t j = 0; j < count; ++j) values[j] = one(x + input[j]);
+  for (int64_t j = count; j % kLanes; ++j) values[j] = 0.0f;
+  for (int64_t j = count - 3; j < count; ++j) {
+    if (is_filler(list, 4 * first + j)) values[j] = 0.0f;
+  }
+  to.sums[at] = quantize(values, (count + kLanes - 1) / kLanes * kLanes, integers, to.scales + at);
+  to.starts[at] = -to.center * static_cast<int32_t>(to.sums[at]);
+  for (int64_t quad = first; quad < last; ++quad) {
+    memcpy(to.integers + 4 * (quad * to.rows + row.row), integers + 4 * (quad - first), 4);
+  }
+}
+
+// The listed values of a block. They lie at their places in the block when they are added up, so that their sum does
+// not depend on the list.
+template <class T>
+void pack_values(const Int4SparseRow& row, const Int4SparseList& list, const T* x, int64_t block, int64_t first,
+                 int64_t last, int64_t at) {
+  const Int4SparseRows& to = *row.to;
+  float values[kInt4Block] = {};
+  for (int64_t j = 4 * first; j < 4 * last; ++j) {
+    const float value = one(x + list.input[j]);
+    values[list.channel[j] - block * list.block] = value;
+    to.values[j * to.rows + row.row] = is_filler(list, j) ? 0.0f : value;
+  }
+  Vec sum{};
+  for (int64_t k = 0; k < list.block; k += kLanes) sum += load(values + k);
+  to.sums[at] = sum_lanes(sum);
+}
+
 template <class T>
 void pack(const Int4SparseRow& row, const T* x) {
-  const Int4SparseRows to = *row.to;
-  const Int4SparseList list = *to.list;
+  const Int4SparseList list = *row.to->list;
   for (int64_t s = 0, end; s < list.span_count; s = end) {
     for (end = s + 1; !list.spans[end - 1].closes; ++end) continue;
     const int64_t first = list.spans[s].first, last = list.spans[end - 1].first + list.spans[end - 1].quads;
-    const int64_t at = list.spans[s].block * to.rows + row.row;
-    float values[kInt4Block + 1] = {};
-    for (int64_t j = 4 * first; j < 4 * last; ++j) values[list.place[j]] = one(x + list.input[j]);
-    if (to.int8) {
-      int8_t integers[kInt4Block + 1] = {};
-      to.sums[at] = quantize(values, list.block, integers, to.scales + at);
-      to.starts[at] = -to.center * static_cast<int32_t>(to.sums[at]);
-      for (int64_t quad = first; quad < last; ++quad) {
-        int8_t* const word = to.integers + 4 * (quad * to.rows + row.row);
-        for (int i = 0; i < 4; ++i) word[i] = integers[list.place[4 * quad + i]];
-      }
-    } else {
-      values[kInt4Block] = 0.0f;
-      Vec sum{};
-      for (int64_t k = 0; k < list.block; k += kLanes) sum += load(values + k);
-      to.sums[at] = sum_lanes(sum);
-      for (int64_t j = 4 * first; j < 4 * last; ++j) to.values[j * to.rows + row.row] = values[list.place[j]];
-    }
+    const int64_t block = list.spans[s].block, at = block * row.to->rows + row.row;
+    row.to->int8 ? pack_integers(row, list, x, first, last, at) : pack_values(row, list, x, block, first, last, at);
   }
 }
 

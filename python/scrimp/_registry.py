@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import is_grad_enabled, is_inference_mode_enabled
-from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map_only
 
 from . import _ext
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
 _library = torch.library.Library("scrimp", "FRAGMENT")
 
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op: its dispatcher handle, its plain-torch reference, its GPU kernels, first the one that runs."""
+    """One registered op: its dispatcher handle, its plain-torch reference, its GPU kernels, first the one that runs.
+
+    `run` is `call` without the detour through Python that refuses gradients, where none are asked for.
+    """
 
     name: str
     call: Callable[..., Any]
+    run: Callable[..., Any]
     reference: Callable[..., Any]
     cuda: Mapping[str, Callable[..., Any]]
 
@@ -77,7 +78,7 @@ def register(
     reference: Callable[..., Any],
     cuda_takes: Callable[..., bool] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `scrimp::<name>` and returns a function that dispatches to its best implementation.
+    """Defines `scrimp::<name>` and returns the callable that dispatches to its best implementation.
 
     `cuda_takes` says of flat arguments whether the kernels in CUDA C++ take them; None where they take all. An op
     registered this way has no backward: inputs that require grad are refused by name.
@@ -93,25 +94,24 @@ def register(
         return isinstance(value, torch.Tensor) and value.requires_grad
 
     def refuse_gradients(*args: Any) -> Any:
-        if is_grad_enabled() and requires_grad(args):
+        if torch.is_grad_enabled() and requires_grad(args):
             raise RuntimeError(
                 f"scrimp::{name} has no backward, but an input requires grad; "
                 "call it under torch.no_grad() or detach its inputs"
             )
-        with below_autograd():
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*args)
+
+    def run(*args: Any) -> Any:
+        """Past the refusal where nothing records gradients: being asked takes longer than a small kernel."""
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return call(*args)
+        with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 
     _library.impl(name, refuse_gradients, "Autograd")
-    OPS[name] = Op(name, call, reference, _bind_cuda(name, cuda_takes))
-
-    def without_gradients(*args: Any) -> Any:
-        """Where none are recorded, the dispatcher need not come back to Python to have them refused."""
-        if is_compiling() or is_grad_enabled() or is_inference_mode_enabled():
-            return call(*args)
-        with below_autograd():
-            return call(*args)
-
-    return without_gradients
+    OPS[name] = Op(name, call, run, reference, _bind_cuda(name, cuda_takes))
+    return run
 
 
 def _bind_cuda(name: str, takes: Callable[..., bool] | None) -> dict[str, Callable[..., Any]]:
