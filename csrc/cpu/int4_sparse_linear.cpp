@@ -133,6 +133,12 @@ class Int4Listed {
   }
 
   int64_t quads() const { return quads_; }
+  // The first span of a block where piece `piece` of `pieces` of the list begins.
+  int64_t block_at(int64_t piece, int64_t pieces) const {
+    int64_t span = span_count_ * piece / pieces;
+    while (span < span_count_ && !spans_[span].opens) ++span;
+    return span;
+  }
   Int4SparseList list() const {
     return {.channel = channels_, .input = inputs_, .spans = spans_, .span_count = span_count_, .block = size_};
   }
@@ -174,9 +180,10 @@ struct Int4SparseItem {
   int64_t first, outputs;
 };
 
-// Rows [first, first + rows) for weights [begin, end): x is packed once, then parts of the outputs are computed.
+// Rows [first_row, first_row + rows) for weights [begin, end): x is packed once, then parts of the outputs are
+// computed.
 static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* end, const Int4Listed& listed,
-                     const Rows& x_rows, int64_t first, int64_t rows, char* out, int64_t out_stride) {
+                     const Rows& x_rows, int64_t first_row, int64_t rows, char* out, int64_t out_stride) {
   const int64_t quads = listed.quads();
   int64_t N = 0, tiles = 0;
   for (const auto* p = begin; p < end; ++p) N += p->N, tiles += (p->N + kInt4Tile - 1) / kInt4Tile;
@@ -210,8 +217,12 @@ static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* en
                               .int8 = begin->int8};
   const auto type = *float_type(begin->x);
   const auto pack = SCRIMP_VNNI_KERNEL(int4_sparse_pack);
-  for_each_item(rows, rows == 1 ? 1 : std::min(workers, rows), [&](int64_t row, int64_t) {
-    pack({.to = &packed, .row = row, .x = x_rows.row(first + row), .type = type});
+  const int64_t pieces = rows == 1 ? 1 : workers;  // of the list: rows lie side by side in memory
+  for_each_item(pieces, pieces, [&](int64_t piece, int64_t) {
+    const int64_t first = listed.block_at(piece, pieces), last = listed.block_at(piece + 1, pieces);
+    for (int64_t row = 0; row < rows; ++row) {
+      pack({.to = &packed, .row = row, .begin = first, .end = last, .x = x_rows.row(first_row + row), .type = type});
+    }
   });
 
   const auto at = [](const OptionalTensor& tensor, int64_t n) {
@@ -237,7 +248,7 @@ static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* en
             .kind = p.kind,
             .codebook = p.entries(),
             .bias = at(p.bias, n),
-            .out = out + (first * out_stride + p.first_output + n) * size,
+            .out = out + (first_row * out_stride + p.first_output + n) * size,
             .out_stride = out_stride,
             .type = type,
             .sums = memory.at<float>(scratch) + 2 * worker * rows * width,

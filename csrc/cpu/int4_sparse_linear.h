@@ -43,10 +43,10 @@ struct Int4SparseRows {
   bool int8;
 };
 
-// One row to be packed as number `row`.
+// One row to be packed as number `row`, in the blocks of spans [begin, end).
 struct Int4SparseRow {
   const Int4SparseRows* to;
-  int64_t row;
+  int64_t row, begin, end;
   const void* x;
   FloatType type;
 };
