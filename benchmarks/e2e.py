@@ -10,6 +10,8 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from scrimp.testing import same_bits
 
 from . import draft_maps
 from .peers import hf
-from .registry import Case, Problem, Work
+from .registry import Call, Case, Problem, Work
 from .same_choices import recorded_choices, replayed_choices
 from .tree_exact import recorded
 
@@ -220,11 +222,12 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
     dense, tokenizer = loaded(FP32)
     model = quantized("int8") if kind == "head-int4" else dense
     ids, choice = prompts(kind, tokenizer, length, 1), HEADS[kind]
-    with_dense = of_model(model, ids, new, **choice)
+    watch = HeadWatch()
+    with_dense = of_model(model, ids, new, wrap=watch.on, **choice)
     head: Any = scrimp.compress_head(model, "exact", tokens=text.windows(tokenizer, WINDOW, "calibration", WINDOWS))
     problem = of_model(model, ids, new, **choice)
     scrimp.compress_head(model, "dense")
-    expected = with_dense.ours()
+    expected = watch.generation(with_dense.ours)
 
     def same(got: Tensor) -> None:
         if not torch.equal(got, expected):
@@ -232,9 +235,44 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
 
     def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
         fell_back = head.counts["fell back"] + head.counts["tied"]
-        return {**problem.of_row(row), "fallback_rate": float(f"{fell_back / max(head.counts['screened'], 1):.3g}")}
+        rate = float(f"{fell_back / max(head.counts['screened'], 1):.3g}")
+        return {**problem.of_row(row), "fallback_rate": rate, **watch.fields(row["ratio"])}
 
-    return replace(problem, check=same, own={"self-dense-head": with_dense.ours}, of_row=of_row)
+    return replace(problem, check=same, own={"self-dense-head": lambda: watch.generation(with_dense.ours)}, of_row=of_row)
+
+
+class HeadWatch:
+    """The share of a head in the time of generations, and what would be left of them without it."""
+
+    def __init__(self) -> None:
+        self.head = 0.0  # seconds since the generation began
+        self.shares: dict[int, list[float]] = {}  # by threads
+
+    def on(self, view: DecoderModel) -> DecoderModel:
+        """The model with a head that is timed."""
+
+        def head(x: Tensor) -> Tensor:
+            start = perf_counter()
+            found: Tensor = view.head(x)
+            self.head += perf_counter() - start
+            return found
+
+        return replace(view, head=head)
+
+    def generation(self, call: Call) -> Tensor:
+        """Calls, and keeps the head's share of the time."""
+        self.head, start = 0.0, perf_counter()
+        found: Tensor = call()
+        self.shares.setdefault(torch.get_num_threads(), []).append(self.head / (perf_counter() - start))
+        return found
+
+    def fields(self, ratio: float | None) -> dict[str, Any]:
+        """The dense head's share, the gain of a head that takes no time, and how much of that was reached."""
+        if ratio is None:
+            return {}
+        share = median(self.shares[torch.get_num_threads()])
+        found = {"head_share": share, "allowed": 1 / (1 - share), "of_allowed": ratio * (1 - share)}
+        return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def of_model(
@@ -243,13 +281,14 @@ def of_model(
     new: int,
     near_tie: float | None = None,
     trees: Callable[[], Sequence[DraftSource]] | None = None,
+    wrap: Callable[[DecoderModel], DecoderModel] = lambda view: view,
     **choice: Any,
 ) -> Problem:
     """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; by trees of the sources of `trees`.
 
     Every call starts with fresh sources; the cost curve is measured once. `choice` are settings of the sampling.
     """
-    view = decoder_model(model)
+    view = wrap(decoder_model(model))
     batch, length = ids.shape
 
     last: list[Any] = [None]

@@ -12,6 +12,7 @@
 #include "common/gumbel.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "common/vq_sample.h"
 #include "cpu/vq_head.h"
 
 namespace scrimp {
@@ -22,12 +23,8 @@ constexpr int64_t kTokens = 4096;  // of a block: their codes stay in the first-
 
 // The numbers of a tensor with one for each row of h.
 template <class Number>
-static const Number* one_each(const char* name, Tensor& numbers, ScalarType dtype, const Tensor& h) {
-  SCRIMP_CHECK(numbers.is_cpu() && numbers.scalar_type() == dtype, "vq_sample: ", name,
-               " is of the wrong dtype or not on the CPU");
-  bool same = numbers.dim() == h.dim() - 1;
-  for (int64_t i = 0; same && i < numbers.dim(); ++i) same = numbers.size(i) == h.size(i);
-  SCRIMP_CHECK(same, "vq_sample: ", name, " has shape ", shape_text(numbers), ", which does not fit h ", shape_text(h));
+static const Number* one_each(const char* name, Tensor& numbers) {
+  SCRIMP_CHECK(numbers.is_cpu(), "vq_sample: ", name, " is not on the CPU");
   numbers = as_contiguous(numbers);
   return static_cast<const Number*>(numbers.data_ptr());
 }
@@ -114,19 +111,16 @@ static Tensor vq_sample(const Tensor& h, const Tensor& codebook, const Tensor& c
                         Tensor temperatures, Tensor seeds, Tensor positions, int64_t top_k, double top_p,
                         double min_p) {
   const VqTokens tokens("vq_sample", h, codebook, codes, bias);
-  const auto* temperature = one_each<float>("temperature", temperatures, ScalarType::Float, h);
-  const auto* seed = one_each<int64_t>("seed", seeds, ScalarType::Long, h);
-  const auto* position = one_each<int64_t>("position", positions, ScalarType::Long, h);
-  SCRIMP_CHECK(top_k >= 0, "vq_sample: top_k=", top_k, " must not be negative");
-  SCRIMP_CHECK(top_p > 0 && top_p <= 1, "vq_sample: top_p=", top_p, " must be above 0 and at most 1");
-  SCRIMP_CHECK(min_p >= 0 && min_p <= 1, "vq_sample: min_p=", min_p, " must be from 0 to 1");
+  check_vq_sample(h, codes, temperatures, seeds, positions, top_k, top_p, min_p);
+  const auto* temperature = one_each<float>("temperature", temperatures);
+  const auto* seed = one_each<int64_t>("seed", seeds);
+  const auto* position = one_each<int64_t>("position", positions);
   const int64_t rows = seeds.numel();
   for (int64_t i = 0; i < rows; ++i)
     SCRIMP_CHECK(temperature[i] >= 0 && std::isfinite(temperature[i]), "vq_sample: temperature of row ", i, " is ",
                  temperature[i], "; it must be finite and not negative");
   const Tensor chosen = cpu_empty(seeds, seeds.sizes());
   if (rows == 0) return chosen;
-  SCRIMP_CHECK(tokens.V > 0, "vq_sample: codes of shape ", shape_text(codes), " offer no token");
 
   const Tensor scores = code_scores(h, codebook);
   VqRows all{tokens, scores, rows, temperature, seed, position, top_k, top_p, min_p, {}};
