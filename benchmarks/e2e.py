@@ -238,7 +238,8 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
         rate = float(f"{fell_back / max(head.counts['screened'], 1):.3g}")
         return {**problem.of_row(row), "fallback_rate": rate, **watch.fields(row["ratio"])}
 
-    return replace(problem, check=same, own={"self-dense-head": lambda: watch.generation(with_dense.ours)}, of_row=of_row)
+    own = {"self-dense-head": lambda: watch.generation(with_dense.ours)}
+    return replace(problem, check=same, own=own, of_row=of_row)
 
 
 class HeadWatch:
