@@ -25,7 +25,6 @@ struct Int4Span {
 struct Int4SparseList {
   const int32_t* channel;  // [quad][4]: whose codes are read
   const int32_t* input;    // [quad][4]: which element of a row they multiply
-  const uint8_t* place;    // [quad][4]: where in its block a channel is; kInt4Block: a filler
   const Int4Span* spans;
   int64_t span_count;
   int64_t block;  // channels of a block
@@ -44,10 +43,10 @@ struct Int4SparseRows {
   bool int8;
 };
 
-// One row to be packed as number `row`.
+// One row to be packed as number `row`, in the blocks of spans [begin, end).
 struct Int4SparseRow {
   const Int4SparseRows* to;
-  int64_t row;
+  int64_t row, begin, end;
   const void* x;
   FloatType type;
 };

@@ -12,7 +12,7 @@ from ..int4_weight.channels import Int4Channels, unpack_channels
 from ..int4_weight.check import ZERO_KINDS, check_channels
 from ..int4_weight.pack import pack_nibbles
 from ._check import GPU_ROWS, check_dtype, check_same
-from ._int4 import MODES, check_input, check_numbers
+from ._int4 import MODES, check_input, check_mode, check_numbers
 
 SCHEMA = (
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? permutation, Tensor index, "
@@ -147,8 +147,7 @@ def int4_sparse_linear(
     >>> scrimp.ops.int4_sparse_linear(torch.ones(1, 16), turned, index, count).tolist()
     [[-6.0, -3.0]]
     """
-    if mode not in MODES:
-        raise ValueError(f"int4_sparse_linear: mode={mode!r} must be one of {', '.join(MODES)}")
+    check_mode("int4_sparse_linear", mode)
     if x.dim() and x.shape[-1] != weight.in_features:
         raise ValueError(f"int4_sparse_linear: x has {x.shape[-1]} inputs, but the weight {weight.in_features}")
     args: tuple[Any, ...] = (x, *weight.tensors().values(), index, count, bias, *weight.numbers(), MODES.index(mode))
