@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "common/channel_list.h"
 #include "common/float_dtype.h"
+#include "common/int4_sparse_linear.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
@@ -74,43 +74,19 @@ struct Int4SparseProblem {
     return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
   }
 
-  static void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
-                           std::initializer_list<int64_t> shape) {
-    bool same = tensor.is_cpu() && tensor.dim() == static_cast<int64_t>(shape.size());
-    for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape.begin()[i];
-    SCRIMP_CHECK(same, "int4_sparse_linear: ", name, " has shape ", shape_text(tensor),
-                 ", which does not fit, or is not on the CPU");
-    SCRIMP_CHECK(tensor.scalar_type() == dtype, "int4_sparse_linear: ", name, " has a dtype that does not fit");
-  }
-
   void check() const {
     SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "int4_sparse_linear: x must be [.., inputs] on the CPU");
     SCRIMP_CHECK(float_type(x), "int4_sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
-    SCRIMP_CHECK(float_type(scales), "int4_sparse_linear: scales must be float32, bfloat16 or float16");
-    SCRIMP_CHECK(
-        group > 0 && K % group == 0 && (group == K || group == 16 || group == 32 || group == 64 || group == 128),
-        "int4_sparse_linear: group_size=", group, " must be 16, 32, 64, 128 or K=", K, " and divide it");
-    const int64_t groups = K / group;
-    check_tensor("codes", codes, ScalarType::Byte, {K, (N + kInt4Tile - 1) / kInt4Tile * kInt4Tile / 2});
-    check_tensor("scales", scales, scales.scalar_type(), {groups, N});
-    SCRIMP_CHECK(zeros.has_value() == (kind != Int4Zeros::none), "int4_sparse_linear: zeros do not fit zero_kind");
-    if (zeros) check_tensor("zeros", *zeros, byte_zeros ? ScalarType::Byte : scales.scalar_type(), {groups, N});
-    if (codebook) {
-      SCRIMP_CHECK(!zeros, "int4_sparse_linear: a codebook takes no zeros");
-      const bool wide = !int8 && codebook->scalar_type() == ScalarType::Float;
-      check_tensor("codebook", *codebook, wide ? ScalarType::Float : ScalarType::Char, {16});
+    bool all = codes.is_cpu() && scales.is_cpu();
+    for (const auto* tensor : {&zeros, &codebook, &permutation, &bias}) all &= !*tensor || (*tensor)->is_cpu();
+    SCRIMP_CHECK(all, "int4_sparse_linear: the tensors must be on the CPU");
+    check_int4_channels(x, codes, scales, zeros, codebook, permutation, bias, group, kind, byte_zeros, int8);
+    if (!permutation) return;
+    const auto* order = static_cast<const int32_t*>(permutation->data_ptr());
+    for (int64_t k = 0; k < K; ++k) {
+      SCRIMP_CHECK(0 <= order[k] && order[k] < inputs, "int4_sparse_linear: permutation[", k, "] is ", order[k],
+                   ", outside the ", inputs, " inputs");
     }
-    SCRIMP_CHECK(permutation ? inputs <= K : inputs == K, "int4_sparse_linear: x has ", inputs,
-                 " inputs, but the weight ", K);
-    if (permutation) {
-      check_tensor("permutation", *permutation, ScalarType::Int, {K});
-      const auto* order = static_cast<const int32_t*>(permutation->data_ptr());
-      for (int64_t k = 0; k < K; ++k) {
-        SCRIMP_CHECK(0 <= order[k] && order[k] < inputs, "int4_sparse_linear: permutation[", k, "] is ", order[k],
-                     ", outside the ", inputs, " inputs");
-      }
-    }
-    if (bias) check_tensor("bias", *bias, x.scalar_type(), {N});
   }
 };
 

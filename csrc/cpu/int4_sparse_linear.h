@@ -6,10 +6,10 @@
 #include "common/dispatch.h"
 #include "common/float_type.h"
 #include "common/int4.h"
+#include "common/int4_tile.h"
 
 namespace scrimp {
 
-constexpr int64_t kInt4Tile = 128;       // outputs whose codes of a channel are 64 bytes, side by side
 constexpr int64_t kInt4Block = 128;      // channels that are summed before scales are applied, at most
 constexpr int64_t kInt4SpanQuads = 4;    // quads of channels whose products are summed in registers
 constexpr int64_t kInt4SparseRows = 64;  // rows of one pass over the weight

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .._registry import register
-from ._check import FLOATS, check_dtype, check_same
+from ._check import FLOATS, GPU_ROWS, check_dtype, check_same
 
-GPU_ROWS = 64  # up to so many rows the listed weights alone are read on a GPU; more are a product with zeros
 SCHEMA = "(Tensor x, Tensor weight, Tensor index, Tensor count, Tensor? bias, Tensor? residual) -> Tensor"
 
 

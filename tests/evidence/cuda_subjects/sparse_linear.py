@@ -112,7 +112,6 @@ def lookups(kernel: str, everything: str, short_list: str) -> dict[str, Mutant]:
         "channels of the first warp": of(
             shared("const uint32_t low", r"ld\.shared\.u8(\s+%rs\d+, \[%r\d+)", 0, r"ld.shared.u8\1+32"), *RACE
         ),
-        "half a chunk less": of(shared("return static_cast<int>(threadIdx.x", ", 224,", None, ", 223,"), *WRONG),
         "list short": Mutant(kernel, caught_by=frozenset({"out_of_bounds"}), short={"index": 4}, case=everything),
         "count short": Mutant(kernel, caught_by=frozenset({"out_of_bounds"}), short={"count": 4}),
     }
@@ -159,6 +158,7 @@ PRODUCT = "sparse_linear_kernel<__half, 4>"
 MUTANTS = {
     **lookups(PRODUCT, ALL, SHORT),
     **sums_of_chunks("sparse_linear_sums_kernel<__half>"),
+    "half a chunk less": planted(shared("return static_cast<int>(threadIdx.x", ", 224,", None, ", 223,"), *WRONG),
     "x past the last channel": planted(
         line("if (begin + i >= end) break", GREATER_EQUAL, None, GREATER), "out_of_bounds", case=ALL
     ),
