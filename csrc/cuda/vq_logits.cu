@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/code_scores.h"
 #include "common/vq_head.h"
 #include "cuda/vq_logits.cuh"
 
@@ -14,26 +15,17 @@ namespace scrimp::cuda::vq_logits {
 
 using torch::headeronly::ScalarType;
 
-// h codebook^T [.., K] by the op `linear`, with all that it promises.
-static Tensor code_scores(const Tensor& h, const Tensor& codebook) {
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(h), from(std::vector<Tensor>{codebook}), from(std::vector<std::optional<Tensor>>{}),
-                          from(std::optional<Tensor>{})};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("scrimp::linear", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // Whether codes, bias and logits can be read and written by vectors of four.
 static bool aligned(const Arguments& p) {
   const auto fits = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  return p.V % 4 == 0 && fits(p.codes) && fits(p.bias) && fits(p.logits);
+  return p.tokens.V % 4 == 0 && fits(p.tokens.codes) && fits(p.tokens.bias) && fits(p.logits);
 }
 
 template <class T, int kWidth>
 static void launch(Arguments p, cudaStream_t stream) {
   constexpr int64_t tokens = int64_t{kThreads} * kWidth;
-  const int64_t blocks = (p.V + tokens - 1) / tokens, all = blocks * ((p.M + p.rows - 1) / p.rows);
-  SCRIMP_CHECK(all <= INT32_MAX, "vq_logits: ", p.M, " rows of ", p.V, " logits are ", all,
+  const int64_t blocks = (p.tokens.V + tokens - 1) / tokens, all = blocks * ((p.M + p.rows - 1) / p.rows);
+  SCRIMP_CHECK(all <= INT32_MAX, "vq_logits: ", p.M, " rows of ", p.tokens.V, " logits are ", all,
                " blocks; one launch has at most ", INT32_MAX);
   p.blocks = static_cast<uint32_t>(blocks);
   vq_logits_kernel<T, kWidth><<<static_cast<uint32_t>(all), kThreads, 0, stream>>>(p);
@@ -41,7 +33,7 @@ static void launch(Arguments p, cudaStream_t stream) {
 
 template <class T>
 static void launch_as(Arguments p, cudaStream_t stream) {
-  const int64_t fit = kShared / static_cast<int64_t>(p.K * sizeof(T));
+  const int64_t fit = kVqShared / static_cast<int64_t>(p.tokens.K * sizeof(T));
   const bool wide = aligned(p) && fit;
   p.rows = wide ? std::min<int64_t>(fit, kRows) : kRows;
   wide ? launch<T, 4>(p, stream) : launch<T, 1>(p, stream);
@@ -68,14 +60,14 @@ static Tensor run(const Tensor& h, const Tensor& codebook, const Tensor& codes_a
   const Tensor scores = code_scores(h, codebook);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const Arguments p = {.scores = scores.data_ptr(),
-                       .codes = static_cast<const int32_t*>(codes.data_ptr()),
-                       .bias = bias_any ? bias.data_ptr() : nullptr,
+  const Arguments p = {.tokens = {.codes = static_cast<const int32_t*>(codes.data_ptr()),
+                                  .bias = bias_any ? bias.data_ptr() : nullptr,
+                                  .K = codebook.size(0),
+                                  .V = V,
+                                  .levels = codes.dim() == 2 ? codes.size(0) : 1},
+                       .scores = scores.data_ptr(),
                        .logits = logits.data_ptr(),
-                       .M = logits.numel() / V,
-                       .K = codebook.size(0),
-                       .V = V,
-                       .levels = codes.dim() == 2 ? codes.size(0) : 1};
+                       .M = logits.numel() / V};
   const auto launch_dtype = dtype == ScalarType::Half       ? launch_as<__half>
                             : dtype == ScalarType::BFloat16 ? launch_as<__nv_bfloat16>
                                                             : launch_as<float>;

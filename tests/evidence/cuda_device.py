@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import ptx
 import torch
+from ptx.nvcc import quoted_includes
 from ptx.toolchain import cache_folder, locked
 
 from scrimp._registry import OPS
@@ -99,7 +100,9 @@ def _library() -> ctypes.CDLL:
 def _references(op: str) -> Iterator[None]:
     """The CPU runs the references of the ops that the launcher calls: those take every dtype of a GPU."""
     library = torch.library.Library("scrimp", "IMPL")
-    for name in re.findall(r'"scrimp::(\w+)"', (ROOT / f"csrc/cuda/{op}.cu").read_text()):
+    csrc = ROOT / "csrc"
+    text = b"".join(quoted_includes(csrc / f"cuda/{op}.cu", [csrc], {}).values()).decode()
+    for name in set(re.findall(r'"scrimp::(\w+)"', text)):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
             library.impl(name, OPS[name].reference, "CPU", allow_override=True)

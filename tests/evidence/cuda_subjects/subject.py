@@ -53,6 +53,9 @@ class CudaSubject:
         return next((loops for name, loops in self.tensor_kernels.items() if kernel.startswith(name)), None)
 
 
-def source(op: str) -> Callable[..., Change]:
-    """`mutations.at_line` of the op's kernels: source("kv_compact")("if (item >=", pattern, index, replacement)."""
-    return functools.partial(at_line, ROOT / "csrc" / "cuda" / f"{op}.cuh")
+def source(name: str, folder: str = "cuda") -> Callable[..., Change]:
+    """`mutations.at_line` of an op's kernels, or of what kernels share in another folder of csrc.
+
+    source("kv_compact")("if (item >=", pattern, index, replacement)
+    """
+    return functools.partial(at_line, ROOT / "csrc" / folder / f"{name}.cuh")

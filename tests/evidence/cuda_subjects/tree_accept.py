@@ -77,7 +77,7 @@ BAD = {
     "device": (changed(5, lambda x: x.to("meta")), "all tensors must be on one CUDA device"),
 }
 REFERENCE, DRAWN, TIES, WILD = "wide", "drawn", "greedy ties", "wild"
-line = source("tree_accept")
+line, drawing = source("tree_accept"), source("draw", "common")
 
 
 def chosen(change: Change, *caught_by: str, case: str = "") -> Mutant:
@@ -96,7 +96,7 @@ def every(old: str, new: str) -> Change:
     return lambda text: re.sub(old, new, text)
 
 
-HOT = r"setp\.gt\.f32(\s+%p\d+, %f\d+), 0f00000000;"
+HOT = r"setp\.leu\.f32(\s+%p\d+, %f\d+), 0f00000000;"
 CHOOSE, WALK = "tree_accept_choose_kernel<__half, 8>", "tree_accept_walk_kernel"
 WRONG, RACE = ("value", "out_of_bounds", "misaligned"), ("race", "uninitialised", "value")
 MUTANTS = {
@@ -110,8 +110,8 @@ MUTANTS = {
         "value",
         case="hot",
     ),
-    "no noise": chosen(nth(HOT, 0, r"setp.le.f32\1, 0f00000000;"), "value"),
-    "noise where there is none": chosen(nth(HOT, 0, r"setp.le.f32\1, 0f00000000;"), *RACE, case=TIES),
+    "no noise": chosen(nth(HOT, 0, r"setp.gtu.f32\1, 0f00000000;"), "value"),
+    "noise where there is none": chosen(nth(HOT, 0, r"setp.gtu.f32\1, 0f00000000;"), *RACE, case=TIES),
     "all blocks do the first chunk": chosen(
         line("const int64_t first =", r"(mul\.wide\.u32\s+%rd\d+, %r\d+), 4096;", 0, r"\1, 0;"), "value"
     ),
@@ -122,11 +122,11 @@ MUTANTS = {
         for old in (30, 27, 31)
     },
     "a bit more of the hash": chosen(every(r"(shr\.u64\s+%rd\d+, %rd\d+), 12;", r"\1, 11;"), "value"),
-    "rough noise too low": chosen(line("left |=", "0f39800000", None, "0fC1800000"), "value"),
+    "rough noise too low": chosen(drawing("const float high", "0f39800000", None, "0fC1800000"), "value"),
     "no doubt in the best's bound": chosen(every("0fB9800000", "0f41800000"), "value"),
-    "noise taken off": chosen(line("const double value = own", r"sub\.f64|add\.f64", -1, "mul.f64"), "value"),
+    "noise taken off": chosen(drawing("const double value = own", r"sub\.f64|add\.f64", -1, "mul.f64"), "value"),
     "shuffle over 8, not 16": chosen(every(r"mov\.u32(\s+%r\d+), 16;", r"mov.u32\1, 8;"), "value"),
-    "the last of equals": chosen(line("return (a.value", r"setp\.lt\.s64", None, "setp.gt.s64"), "value", case=TIES),
+    "the last of equals": chosen(drawing("return (a.value", r"setp\.lt\.s64", None, "setp.gt.s64"), "value", case=TIES),
     "NaN not seen": chosen(
         nth(r"selp\.b64(\s+%rd\d+), (%rd\d+), 9221120237041090560, %p\d+;", 0, r"mov.b64\1, \2;"), "value", case=WILD
     ),
@@ -140,17 +140,17 @@ MUTANTS = {
     },
     "choices past the last": walked(nth(r"setp\.le\.s64", 0, "setp.lt.s64"), *WRONG),
     "choices of the first row": walked(
-        line("for (int64_t c = lane", r"mul\.lo\.s64(\s+%rd\d+), %rd\d+, %rd\d+;", 0, r"mov.b64\1, 0;"), "value"
+        drawing("for (int64_t c = threadIdx", r"mul\.lo\.s64(\s+%rd\d+), %rd\d+, %rd\d+;", 0, r"mov.b64\1, 0;"), "value"
     ),
     "choices of the first chunks": walked(
         nth(r"mov\.u32(\s+%r\d+), 16;", 0, r"mov.u32\1, 32;"), "value", case=REFERENCE
     ),
-    "the worst of the chunks": walked(line("return (a.value", r"setp\.gt\.f64", None, "setp.lt.f64"), "value"),
+    "the worst of the chunks": walked(drawing("return (a.value", r"setp\.gt\.f64", None, "setp.lt.f64"), "value"),
     "the last of equal chunks": walked(
-        line("return (a.value", r"setp\.lt\.s64", None, "setp.gt.s64"), "value", case=TIES
+        drawing("return (a.value", r"setp\.lt\.s64", None, "setp.gt.s64"), "value", case=TIES
     ),
     "nothing to choose not seen": walked(
-        line("const int64_t token = ", "0dFFF0000000000000", 0, "0d7FF0000000000000"), "value", case=WILD
+        drawing("return __any_sync", "0dFFF0000000000000", 0, "0d7FF0000000000000"), "value", case=WILD
     ),
     "NaN not seen on the walk": walked(
         nth(r"vote\.sync\.any\.pred(\s+%p\d+), (%p\d+), %r\d+;", 0, r"setp.ne.s32\1, 0, 0;"), "value", case=WILD

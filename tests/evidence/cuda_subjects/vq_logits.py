@@ -58,7 +58,7 @@ BAD = {
     "bias": (lambda a: (*a[:3], a[3][1:]), r"bias has shape \[1099\], expected \[1100\]"),
     "device": (lambda a: (*a[:2], a[2].to("meta"), a[3]), "h, codebook, codes and bias must be on one CUDA device"),
 }
-line = source("vq_logits")
+line, shared = source("vq_logits"), source("vq_tokens", "common")
 MUTATED, WHOLE, WRONG = "5-37-1100", "64 codes", ("value", "out_of_bounds", "misaligned")
 
 
@@ -75,35 +75,38 @@ MUTANTS = {
     "no barrier": planted(nth(BARRIER, 0, ""), "race", "uninitialised"),
     "barrier of a warp": planted(nth(BARRIER, 0, "bar.warp.sync -1;"), "race", "uninitialised"),
     "scores off the grid": planted(
-        line("reinterpret_cast<uintptr_t>(from)", r"and\.b64(\s+%rd\d+, %rd\d+), 15", 0, r"and.b64\1, 0"), "misaligned"
+        shared("reinterpret_cast<uintptr_t>(from)", r"and\.b64(\s+%rd\d+, %rd\d+), 15", 0, r"and.b64\1, 0"),
+        "misaligned",
     ),
-    "vectors of scores past the end": planted(line("i < vectors", r"setp\.ge\.s32", 0, "setp.gt.s32"), "race", *WRONG),
-    "scores past the end": planted(line("i < count", r"setp\.ge\.s32", 0, "setp.gt.s32"), "race", *WRONG),
+    "vectors of scores past the end": planted(
+        shared("i < vectors", r"setp\.ge\.s32", 0, "setp.gt.s32"), "race", *WRONG
+    ),
+    "scores past the end": planted(shared("i < count", r"setp\.ge\.s32", 0, "setp.gt.s32"), "race", *WRONG),
     "scores of the first rows": planted(line("const T* scores", *ZERO), "value"),
     "first rows alone": planted(line("const int64_t first", *ZERO), *WRONG),
     "rows past the last": planted(nth(r"min\.s64(\s+%rd\d+), (%rd\d+), %rd\d+;", 0, r"mov.b64\1, \2;"), *WRONG),
-    "tokens past the last": planted(line("if (v >= p.V) return", r"setp\.ge\.s64", 0, "setp.gt.s64"), *WRONG),
+    "tokens past the last": planted(line("if (v >= V) return", r"setp\.ge\.s64", 0, "setp.gt.s64"), *WRONG),
     "tokens of the first block": planted(
         line("const int64_t v =", r"mul\.wide\.u32(\s+%rd\d+), %r\d+, 256;", 0, r"mov.b64\1, 0;"), *WRONG
     ),
-    "first codes again": planted(line("const auto codes", *ZERO), "value"),
+    "first codes again": planted(shared("const auto codes", *ZERO), "value"),
     "a negative code": planted(
-        line("known[i] = codes.x[i] >= 0", r"setp\.gt\.s32(\s+%p\d+, %r\d+), -1;", 0, r"setp.gt.s32\1, -2;"), *WRONG
+        shared("known[i] = codes.x[i] >= 0", r"setp\.gt\.s32(\s+%p\d+, %r\d+), -1;", 0, r"setp.gt.s32\1, -2;"), *WRONG
     ),
     "a code past the last": planted(
-        line("known[i] = codes.x[i] >= 0", r"setp\.gt\.s64", 0, "setp.ge.s64"), "uninitialised", *WRONG
+        shared("known[i] = codes.x[i] >= 0", r"setp\.gt\.s64", 0, "setp.ge.s64"), "uninitialised", *WRONG
     ),
     "unknown codes looked up": planted(
-        line("at[i] = known[i]", r"selp\.b32(\s+%r\d+), (%r\d+), 0, %p\d+;", 0, r"mov.b32\1, \2;"),
+        shared("at[i] = known[i]", r"selp\.b32(\s+%r\d+), (%r\d+), 0, %p\d+;", 0, r"mov.b32\1, \2;"),
         "uninitialised",
         *WRONG,
     ),
-    "unknown codes are nothing": planted(line("? score : NAN", "0f7FC00000", 0, "0f00000000"), "value"),
+    "unknown codes are nothing": planted(shared("? score : NAN", "0f7FC00000", 0, "0f00000000"), "value"),
     "a level left out": planted(
-        line("? score : NAN", r"add\.f32(\s+%f\d+), %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
+        shared("? score : NAN", r"add\.f32(\s+%f\d+), %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
     ),
     "no bias": planted(
-        line("total[i / kWidth]", r"add\.f32(\s+%f\d+), %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
+        shared("total[i / kWidth]", r"add\.f32(\s+%f\d+), %f\d+, (%f\d+);", 0, r"mov.f32\1, \2;"), "value"
     ),
     "bias of the next tokens": planted(nth(r"ld\.global\.v4\.u16" + NEXT, 0, r"ld.global.v4.u16\1+8]"), *WRONG),
     "codes misaligned": planted(nth(r"ld\.global\.v4\.u32" + NEXT, -1, r"ld.global.v4.u32\1+8]"), "misaligned"),
