@@ -10,6 +10,8 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,10 +31,13 @@ from scrimp.methods.tree_decoding import (
     RecyclingDraft,
     trained,
 )
+from scrimp.testing import same_bits
 
 from . import draft_maps
 from .peers import hf
-from .registry import Case, Problem, Work
+from .registry import Call, Case, Problem, Work
+from .same_choices import recorded_choices, replayed_choices
+from .tree_exact import recorded
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NEAR_TIE = {FP32: 1e-3, BF16: 0.5}  # by how much Hugging Face's logits may prefer another token than ours
@@ -200,17 +205,13 @@ def stock_int4_problem(mode: str, length: int, new: int) -> Problem:
 
 
 def sparse_problem(mode: str, length: int, new: int) -> Problem:
-    """Hugging Face's logits are those of one token after the other: several at once are read densely.
-
-    4-bit layers run in exact mode: activations of 8 bits move the choice of channels, and with it the logits, by more
-    than a check of tokens can bear.
-    """
+    """4-bit layers run in exact mode: 8-bit activations move the choice of channels, and so Hugging Face's tokens."""
     fp32, tokenizer = loaded(FP32)
     model, ids = sparsified(mode), prompts("sparse", tokenizer, length, 1)
     own = {"self-dense": quantized(mode) if mode else fp32, "self-fp32": fp32}
     return replace(
         problem := of_model(model, ids, new),
-        check=lambda got: check(model, ids, got, NEAR_TIE[FP32], stepwise),
+        check=lambda got: sparse_check(model, ids, got),
         own={name: of_model(other, ids, new).ours for name, other in own.items()},
         fields={**problem.fields, "sparsity": SPARSITY, "mode": mode},
     )
@@ -221,11 +222,12 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
     dense, tokenizer = loaded(FP32)
     model = quantized("int8") if kind == "head-int4" else dense
     ids, choice = prompts(kind, tokenizer, length, 1), HEADS[kind]
-    with_dense = of_model(model, ids, new, **choice)
+    watch = HeadWatch()
+    with_dense = of_model(model, ids, new, wrap=watch.on, **choice)
     head: Any = scrimp.compress_head(model, "exact", tokens=text.windows(tokenizer, WINDOW, "calibration", WINDOWS))
     problem = of_model(model, ids, new, **choice)
     scrimp.compress_head(model, "dense")
-    expected = with_dense.ours()
+    expected = watch.generation(with_dense.ours)
 
     def same(got: Tensor) -> None:
         if not torch.equal(got, expected):
@@ -233,9 +235,45 @@ def head_problem(kind: str, length: int, new: int) -> Problem:
 
     def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
         fell_back = head.counts["fell back"] + head.counts["tied"]
-        return {**problem.of_row(row), "fallback_rate": float(f"{fell_back / max(head.counts['screened'], 1):.3g}")}
+        rate = float(f"{fell_back / max(head.counts['screened'], 1):.3g}")
+        return {**problem.of_row(row), "fallback_rate": rate, **watch.fields(row["ratio"])}
 
-    return replace(problem, check=same, own={"self-dense-head": with_dense.ours}, of_row=of_row)
+    own = {"self-dense-head": lambda: watch.generation(with_dense.ours)}
+    return replace(problem, check=same, own=own, of_row=of_row)
+
+
+class HeadWatch:
+    """The share of a head in the time of generations, and what would be left of them without it."""
+
+    def __init__(self) -> None:
+        self.head = 0.0  # seconds since the generation began
+        self.shares: dict[int, list[float]] = {}  # by threads
+
+    def on(self, view: DecoderModel) -> DecoderModel:
+        """The model with a head that is timed."""
+
+        def head(x: Tensor) -> Tensor:
+            start = perf_counter()
+            found: Tensor = view.head(x)
+            self.head += perf_counter() - start
+            return found
+
+        return replace(view, head=head)
+
+    def generation(self, call: Call) -> Tensor:
+        """Calls, and keeps the head's share of the time."""
+        self.head, start = 0.0, perf_counter()
+        found: Tensor = call()
+        self.shares.setdefault(torch.get_num_threads(), []).append(self.head / (perf_counter() - start))
+        return found
+
+    def fields(self, ratio: float | None) -> dict[str, Any]:
+        """The dense head's share, the gain of a head that takes no time, and how much of that was reached."""
+        if ratio is None:
+            return {}
+        share = median(self.shares[torch.get_num_threads()])
+        found = {"head_share": share, "allowed": 1 / (1 - share), "of_allowed": ratio * (1 - share)}
+        return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
 def of_model(
@@ -244,13 +282,14 @@ def of_model(
     new: int,
     near_tie: float | None = None,
     trees: Callable[[], Sequence[DraftSource]] | None = None,
+    wrap: Callable[[DecoderModel], DecoderModel] = lambda view: view,
     **choice: Any,
 ) -> Problem:
     """Generation of `new` tokens after each of `ids` `[batch, n]`, eos or not; by trees of the sources of `trees`.
 
     Every call starts with fresh sources; the cost curve is measured once. `choice` are settings of the sampling.
     """
-    view = decoder_model(model)
+    view = wrap(decoder_model(model))
     batch, length = ids.shape
 
     last: list[Any] = [None]
@@ -326,6 +365,25 @@ def check(
             f"token {worst % got.shape[1]} of sequence {worst // got.shape[1]} is {float(behind.max()):.3g} behind the "
             "best one by Hugging Face's logits"
         )
+
+
+def sparse_check(model: Any, ids: Tensor, got: Tensor) -> None:
+    """Tokens and logits have the bits of our ops one by one, and Hugging Face's logits agree given the same choices.
+
+    Those are read one token after the other: several at once are read densely.
+    """
+    view, texts = decoder_model(model), ids.tolist()
+    asked = {"max_new_tokens": got.shape[1], "ignore_eos": True}
+    _, together = recorded(view, texts, None, **asked)
+    with recorded_choices(model) as choices:
+        found, one_by_one = recorded(view, texts, None, **asked)
+    if got.tolist() != [completion.tokens for completion in found]:
+        raise AssertionError("the tokens are not those of our ops one by one")
+    different = sum(text not in one_by_one or not same_bits(together[text], one_by_one[text]) for text in together)
+    if different:
+        raise AssertionError(f"{different} of {len(together)} rows of logits differ in bits from our ops one by one")
+    with replayed_choices(model, choices):
+        check(model, ids, got, NEAR_TIE[FP32], stepwise)
 
 
 def agreement(results: tuple[Tensor, Tensor]) -> dict[str, Any]:

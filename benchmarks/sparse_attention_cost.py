@@ -174,6 +174,75 @@ def count(*flat: Any) -> Count:
     )
 
 
+def steps_of_cuda(
+    p: Programs, ranges: Tensor, range_slice: Tensor, columns: Tensor, column_slice: Tensor, piece: int, n_k: int
+) -> Work:
+    """`work` of the kernel in CUDA C++: the keys of 32 ranges lie side by side, whatever gaps are between them."""
+    ranges, range_slice, columns, column_slice = (x.long() for x in (ranges, range_slice, columns, column_slice))
+    first, n_ranges = range_slice[p.tile].unbind(1)
+    owner, rank = repeated(n_ranges)
+    start, stop = ranges[first[owner] + rank].unbind(1)
+    start = start.maximum(p.low[owner])
+    stop = stop.minimum(p.high[owner]).maximum(start)
+    rounds = ceil_div(n_ranges, LANES)
+    keys = torch.zeros(int(rounds.sum()), dtype=torch.int64)
+    keys.index_add_(0, (rounds.cumsum(0) - rounds)[owner] + rank // LANES, stop - start)
+    steps, touched = int(ceil_div(keys, piece).sum()), covered(start, stop, n_k)
+
+    first, n_columns = column_slice[p.tile].unbind(1)
+    seen_from, seen_to = (lower_bound(columns, first, n_columns, at) for at in (p.low, p.high))
+    begin, end = (lower_bound(columns, first[owner], n_columns[owner], at) for at in (start, stop))
+    place = n_columns.cumsum(0) - n_columns  # of a program's first column among all programs'
+    kept = covered(place + seen_from, place + seen_to, int(n_columns.sum()))
+    kept &= ~covered(place[owner] + begin, place[owner] + end, len(kept))
+    owner, rank = repeated(n_columns)
+    touched[columns[(first[owner] + rank)[kept]]] = True
+    groups = ceil_div(n_columns, piece)
+    group = (groups.cumsum(0) - groups)[owner] + rank // piece
+    steps += len(group[kept].unique())
+    looked_at = (ceil_div(seen_to + 1, piece) * piece).minimum(n_columns)  # up to the one that nobody sees
+    return Work(steps, int((stop - start).sum()) + int(kept.sum()), int(n_ranges.sum()), int(looked_at.sum()), touched)
+
+
+def count_cuda(*flat: Any) -> Count:
+    """Of one call to the kernel in CUDA C++. What is read again is left out: ranges, for each step of columns."""
+    q, k, *plan, row_start, q_block, q_offset, causal, _ = (*flat[:2], *flat[3:])
+    (B, H, n_q, D), (G, n_k) = q.shape, k.shape[1:3]
+    samples = max(x.shape[0] for x in (*plan, *([] if row_start is None else [row_start])))
+    lanes = max(x.shape[1] for x in plan)
+    group, q_block, piece = H // G if lanes == 1 else 1, min(q_block, n_q), 4096 // D
+    block = 128 if 0 <= -q_block * group % 128 < 64 else 64
+    args = {"q_block": q_block, "group": group, "n_q": n_q, "n_k": n_k}
+    args["q_offset"] = min(max(q_offset, -n_q), n_k) if causal else n_k
+    same = B // samples * (H // group // lanes)
+    moved = steps = programs = 0
+    keys_of: dict[tuple[int, int], Tensor] = {}
+    for b in range(samples):
+        p = Programs.of(
+            args, block, q_block * group, None if row_start is None else row_start[min(b, len(row_start) - 1)]
+        )
+        for lane in range(lanes):
+            own = [x[min(b, x.shape[0] - 1), min(lane, x.shape[1] - 1)] for x in plan]
+            w = steps_of_cuda(p, *own, piece, n_k)
+            at = (b, lane // (H // G))
+            keys_of[at] = keys_of[at] | w.touched if at in keys_of else w.touched
+            repeats = int((block * D // 256 - ceil_div(p.rows * D, 256)).sum())  # 256 numbers of q at once
+            rows, read = int(p.rows.sum()), 4 * (8 * w.range_loads + 4 * w.column_loads)  # of each of four warps
+            moved += same * (rows * (4 * D + 4) + 2 * D * repeats + read + 4 * D * w.keys)
+            steps += same * w.pieces
+            programs += same * len(p.tile)
+    touched = sum(int(keys.sum()) for keys in keys_of.values()) * (B * G // len(keys_of)) * 4 * D
+    together = min(B * G, -(-TOGETHER * B * G // max(programs, 1)))
+    return Count(
+        bytes=moved,
+        unique_bytes=touched + B * H * n_q * (4 * D + 4) + unique_plan(*plan, row_start),
+        flops_issued=4 * block * piece * D * steps,
+        flops_useful=4 * D * pairs(n_q, n_k, plan, row_start, q_block, q_offset, causal, B, H),
+        exps=steps * block * (piece + 4),
+        resident_bytes=touched // max(B * G, 1) * together,
+    )
+
+
 def pairs(
     n_q: int, n_k: int, tensors: list[Tensor], row_start: Tensor | None, q_block: int, q_offset: int, causal: bool,
     B: int, H: int,
@@ -269,4 +338,10 @@ def minference() -> dict[str, tuple[Count, Count]]:
     return found
 
 
-AGAINST = {"minference": minference}
+def against_cuda() -> dict[str, tuple[Count, Count]]:
+    """Triton's kernel and the one in CUDA C++, which takes 16 bits."""
+    cases = [case for case in _cases() if case.dtype == "bf16"]
+    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in cases}
+
+
+AGAINST = {"minference": minference, "cuda-c++": against_cuda}

@@ -37,10 +37,12 @@ def problem(rows: int, V: int, d: int, heat: float, top_p: float) -> Problem:
     turns, K = cold(*head), len(head[0])
     seed, position = torch.arange(rows), torch.arange(rows) + 1000
     numbers: tuple[Any, ...] = (torch.full((rows,), heat), seed, position, 0, top_p, 0.0)
-    sample = OPS["vq_sample"].call
+    sample = partial(
+        scrimp.ops.vq_sample, temperature=numbers[0], seed=seed, position=position, top_k=0, top_p=top_p, min_p=0.0
+    )
     return Problem(
         inputs=(h, turns, cold_dense(*head), heat, top_p),
-        ours=lambda: sample(h, *next(turns), None, *numbers),
+        ours=lambda: sample(h, *next(turns)),
         check=lambda got: check(got, OPS["vq_logits"].call(h, *head, None), numbers),
         work=Work(bytes=4 * (K * d + rows * d + V), flops=2 * rows * K * d),
     )

@@ -4,7 +4,8 @@
 
 The methods are calibrated on texts of the calibration documents and judged on windows of the held-out ones; after each
 window's first token, every token is read as decoding reads it. A row is one method with one way to share the sparsity
-out. Sparsities are shares of all weights of the decoder layers; rows that a method cannot reach are left out.
+out. Sparsities are shares of all weights of the decoder layers; rows that a method cannot reach are left out. A folder
+of 4-bit weights is judged beside itself with all channels.
 """
 
 import argparse
@@ -15,18 +16,16 @@ from math import isnan, nan
 from pathlib import Path
 from statistics import median
 
-import torch
-
 import scrimp
 from scrimp.demo import text
 from scrimp.demo.model import named_model
 from scrimp.methods.evaluate import PROTOCOL, Quality, Reader, quality
 from scrimp.methods.wina import ALLOCATIONS, METHODS, Report, Usage, metered
+from scrimp.ops.int4_linear import MODES
 
-from . import results, wina_plot
-from .int4_quality import FIGURES, Kept
+from . import wina_plot
+from .quality import Kept, add_outputs, row, write
 from .results import Row
-from .rows import origin
 
 VARIANTS = (
     "cats:uniform",
@@ -40,15 +39,6 @@ VARIANTS = (
 )
 
 
-def row(case: str, found: Quality, reference: float, fields: Row) -> Row:
-    """One row of results."""
-    figures = found.figures()
-    shown = {name: float(f"{figures[name]:.6g}") for name in FIGURES if name in figures}
-    base: Row = {"op": "wina_quality", "case": case, "dtype": "fp32", "threads": torch.get_num_threads()}
-    ratio = {"reference_perplexity": round(reference, 4), "perplexity_ratio": round(found.perplexity / reference, 5)}
-    return base | fields | {"peer": "self-dense"} | shown | ratio | origin("self-dense", "cpu") | {"note": ""}
-
-
 def spread(found: Quality, dense: Quality) -> float:
     """Standard error of the perplexity's ratio to the dense model's, from the windows, each with itself."""
     change = (found.nll.double() - dense.nll.double()).mean(1)
@@ -57,7 +47,7 @@ def spread(found: Quality, dense: Quality) -> float:
 
 def dropped(usage: Usage, report: Report) -> float:
     """Share of all weights that tokens did not need; with CATS, of the up projections as many as of the down ones."""
-    metered_weights = sum(layer.get_parameter("weight").numel() for layer, _ in usage.meters.values())
+    metered_weights = sum(layer.in_features * layer.out_features for layer, _ in usage.meters.values())  # type: ignore[operator]
     times = 2 if report.method == "cats" else 1
     needless = times * usage.dropped * metered_weights if usage.meters else 0.0
     return needless / sum(layer.weights for layer in report.layers)
@@ -99,11 +89,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
     parser.add_argument("--windows", type=int, default=16, metavar="N", help="held-out windows (default 16)")
     parser.add_argument("--certified", action="store_true", help="bounds of the layers' errors, too (slower)")
-    parser.add_argument("--csv", metavar="FILE", help="replace these rows in FILE ('device': the checked-in results)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--mode", choices=MODES, help="of a model's 4-bit layers (default: as its folder says)")
+    add_outputs(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows as an SVG file")
     asked = parser.parse_args(words)
-    model, tokenizer = scrimp.load(named_model(asked.model))
+    model, tokenizer = scrimp.load(named_model(asked.model), mode=asked.mode)
     windows = text.windows(tokenizer, asked.window, "heldout", asked.windows)
     print(f"protocol: {PROTOCOL}")
     if asked.calibration is None:
@@ -129,13 +119,11 @@ def main(words: Sequence[str] | None = None) -> int:
             own: Row = {"method": method, "allocation": allocation, "sparsity": sparsity}
             own |= {"dropped": round(dropped(usage, report), 4), "saved": round(report.saved, 4)}
             own |= {"ratio_error": round(spread(found, dense), 5), **errors(usage)}
-            rows.append(row(f"{method}-{allocation}-{sparsity:g}", found, dense.perplexity, fields | own))
+            case = f"{method}-{allocation}-{sparsity:g}"
+            rows.append(row("wina_quality", case, found, dense.perplexity, fields | own))
             print(line(rows[-1]), flush=True)
     print(f"dense: perplexity {rows[0]['reference_perplexity']}")
-    if asked.json is not None:
-        results.write_json(asked.json, rows)
-    if asked.csv is not None:
-        results.update_csv(results.csv_file(asked.csv), rows)
+    write(asked, rows)
     if asked.plot is not None:
         asked.plot.write_text(wina_plot.picture(rows))
     return 0

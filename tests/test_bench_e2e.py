@@ -15,6 +15,8 @@ from scrimp.benchmarks import (
     measure,
     registry,
     rows,
+    same_choices,
+    wina_loops,
     wina_lossless,
     wina_plot,
     wina_quality,
@@ -22,8 +24,10 @@ from scrimp.benchmarks import (
 from scrimp.benchmarks.registry import Case
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import scrimp
 from scrimp.methods.int4.quantize import METHODS
 from scrimp.methods.tree_decoding import LookupDraft, RecyclingDraft
+from scrimp.methods.wina import Selection
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -113,10 +117,62 @@ def test_sparse_rows(mode: str, model: Any, tokenizer: Any, monkeypatch: pytest.
     assert found[0]["perplexity_ratio"] != pytest.approx(1, rel=1e-3)
     got = problem.ours()
     got[0, 3] = (got[0, 3] + 1) % 97
-    with pytest.raises(AssertionError, match="behind the best one by Hugging Face"):
+    with pytest.raises(AssertionError, match="tokens are not those of our ops one by one"):
         problem.check(got)
     for made in (e2e.quantized, e2e.sparsified):
         made.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["", "exact"])
+def test_hugging_face_gets_our_choices(mode: str, model: Any) -> None:
+    sparse = copy.deepcopy(model)
+    if mode:
+        scrimp.quantize(sparse, "rtn", 16, mode=mode)
+    texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+    scrimp.sparsify(sparse, scrimp.calibrate(sparse, texts, progress=False), 0.5)
+    got, near = e2e.of_model(sparse, IDS[:1], 6).ours(), e2e.NEAR_TIE[torch.float32]
+    with same_choices.recorded_choices(sparse) as choices:
+        e2e.recorded(sparse, IDS[:1].tolist(), None, max_new_tokens=6, ignore_eos=True)
+    with torch.no_grad():
+        own = e2e.stepwise(sparse, IDS[:1], got)
+        for layer in same_choices.layers(sparse).values():
+            layer.selection.level.mul_(0.97)
+        assert (e2e.stepwise(sparse, IDS[:1], got) - own).abs().max() > near
+        with same_choices.replayed_choices(sparse, choices):
+            torch.testing.assert_close(e2e.stepwise(sparse, IDS[:1], got), own, rtol=0, atol=near)
+    assert all(type(layer.selection) is Selection for layer in same_choices.layers(sparse).values())
+
+
+def test_loops_are_compared(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+    sparse = copy.deepcopy(model)
+    scrimp.sparsify(sparse, scrimp.calibrate(sparse, texts, progress=False), 0.5)
+    found = wina_loops.apart(sparse, IDS[:1], 6)
+    assert found.same < e2e.NEAR_TIE[torch.float32]
+    assert found.channels or found.own < e2e.NEAR_TIE[torch.float32]
+    assert found.calls == 5 * 2 * 7
+    monkeypatch.setattr(e2e, "loaded", lambda dtype: (model, tokenizer))
+    monkeypatch.setattr(e2e, "prompts", lambda name, tokenizer, length, batch: IDS[:batch])
+    monkeypatch.setattr(e2e, "sparsified", lambda mode: sparse)
+    assert wina_loops.main(["--tokens", "4"]) == 0
+    assert capsys.readouterr().out.count(" in 42 choices taken by one loop alone") == 2
+
+
+def test_sparse_logits_of_other_bits_are_seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    got, exact = e2e.of_model(model, IDS[:1], 6).ours(), e2e.recorded
+    count = iter(range(2))
+
+    def nudged(*args: Any, **asked: Any) -> Any:
+        found, logits = exact(*args, **asked)
+        first = next(iter(logits))
+        logits[first] = logits[first] if next(count) else logits[first].nextafter(torch.tensor(torch.inf))
+        return found, logits
+
+    monkeypatch.setattr(e2e, "recorded", nudged)
+    with pytest.raises(AssertionError, match="1 of 6 rows of logits differ in bits from our ops one by one"):
+        e2e.sparse_check(model, IDS[:1], got)
 
 
 def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +204,22 @@ def test_wina_quality(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest
     assert len(drawn.findall("{http://www.w3.org/2000/svg}circle")) == len(found)
     assert wina_plot.main([str(out), str(tmp_path / "again.svg")]) == 0
     assert (tmp_path / "again.svg").read_text() == picture.read_text()
+
+
+def test_wina_quality_of_4_bits(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 256, "initializer_range": 0.1}))
+    scrimp.quantize(wide, "rtn", 16)
+    wide.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "rows.json"
+    sizes = ["--texts", "2", "--length", "32", "--window", "32", "--windows", "2", "--sparsities", "0", "0.5"]
+    for mode in ("exact", "int8"):
+        asked = ["--mode", mode, "--variants", "cats:uniform", "wina:knapsack", *sizes, "--json", str(out)]
+        assert wina_quality.main([str(tmp_path / "model"), *asked]) == 0
+        none, half = json.loads(out.read_text())
+        assert half["case"] == "wina-knapsack-0.5"
+        assert (none["dropped"], half["dropped"]) == pytest.approx((0, 0.5), abs=0.05)
+        assert none["kl_mean"] < 1e-5 < half["kl_mean"]
 
 
 def test_wina_lossless(model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,9 @@ def test_generation(kind: str, model: Any) -> None:
         assert row["note"] == ""
         assert (row["profile"], row["fallback_rate"]) == ("plain", 0)
         assert row["tokens_per_s"] > 0
+        assert 0 < row["head_share"] < 1
+        assert row["allowed"] == pytest.approx(1 / (1 - row["head_share"]), rel=1e-3)
+        assert row["of_allowed"] == pytest.approx(row["ratio"] / row["allowed"], rel=1e-3)
     assert type(model.lm_head) is torch.nn.Linear
     got = problem.ours()
     problem.check(got)

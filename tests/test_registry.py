@@ -1,4 +1,5 @@
-"""Which code runs on CUDA: compiled kernels before Triton, unless SCRIMP_CUDA_IMPL=triton asks; on throw-away ops."""
+"""Which code runs on CUDA: compiled kernels before Triton, unless SCRIMP_CUDA_IMPL=triton asks; how ops are called. On
+throw-away ops."""
 
 import importlib.machinery
 import itertools
@@ -49,6 +50,17 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return _registry.OPS[name]
 
     return register
+
+
+def test_gradients_are_asked_for_before_they_are_refused(make: Callable[..., Any]) -> None:
+    op, x = make(compiled=False, triton=False), torch.zeros((), requires_grad=True)
+    with pytest.raises(RuntimeError, match="has no backward"):
+        op.run(x)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            y = op.run(x)
+        assert y.item() == 1
+        assert not y.requires_grad
 
 
 def on_cuda(op: Any) -> float:

@@ -6,14 +6,19 @@
 #include <algorithm>
 #include <atomic>
 
+#include "common/team.h"
+
 namespace scrimp {
 
 // Threads that a loop over `items` may use: the worker argument of for_each_item is below this number.
-inline int64_t worker_count(int64_t items) { return std::min<int64_t>(items, torch::stable::get_num_threads()); }
+inline int64_t worker_count(int64_t items) {
+  return std::min<int64_t>(items, Team::mine ? Team::mine->size() : torch::stable::get_num_threads());
+}
 
-// The same for items that together take `operations`: a thread is worth waking for some ten microseconds of work.
+// The same for items that together take `operations`: a thread is worth waking for some ten microseconds of work, and
+// one that is awake for one.
 inline int64_t worker_count(int64_t items, int64_t operations) {
-  return std::min(worker_count(items), operations / 500000 + 1);
+  return std::min(worker_count(items), operations / (Team::mine ? 50000 : 500000) + 1);
 }
 
 // Calls work(item, worker) for every item of [0, items). Items are handed out in order, one at a time, so
@@ -25,9 +30,12 @@ void for_each_item(int64_t items, int64_t workers, const Work& work) {
     return;
   }
   std::atomic<int64_t> next{0};
+  const auto share = [&](int64_t worker) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item, worker);
+  };
+  if (Team::mine) return Team::mine->share(workers, share);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item, worker);
+    for (int64_t worker = begin; worker < end; ++worker) share(worker);
   });
 }
 

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/channel_select.h"
 #include "common/float_dtype.h"
 #include "common/memory.h"
 #include "common/rows.h"
@@ -22,20 +23,9 @@ using OptionalTensor = std::optional<Tensor>;
 static void check(const Tensor& x, const Tensor& level, const OptionalTensor& scale, const OptionalTensor& center,
                   const OptionalTensor& whole, int64_t rule) {
   SCRIMP_CHECK(float_type(x), "channel_select: x must be float32, bfloat16 or float16 on the CPU");
-  SCRIMP_CHECK(rule >= 0 && rule <= static_cast<int64_t>(SelectRule::top_p), "channel_select: rule=", rule);
-  const auto is_numbers = [](const Tensor& tensor, int64_t count) {
-    return tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.size(0) == count;
-  };
-  const int64_t K = x.size(x.dim() - 1);
-  SCRIMP_CHECK(is_numbers(level, 1), "channel_select: level must be float32 [1] on the CPU");
-  for (const auto* tensor : {&scale, &center}) {
-    SCRIMP_CHECK(!*tensor || is_numbers(**tensor, K), "channel_select: scale and center must be float32 [", K,
-                 "] on the CPU");
-  }
-  if (!whole) return;
-  bool same = whole->is_cpu() && whole->scalar_type() == ScalarType::Bool && whole->dim() + 1 == x.dim();
-  for (int64_t i = 0; same && i < whole->dim(); ++i) same = whole->size(i) == x.size(i);
-  SCRIMP_CHECK(same, "channel_select: whole must be bool, a number for each row of x ", shape_text(x));
+  for (const OptionalTensor& tensor : {OptionalTensor(level), scale, center, whole})
+    SCRIMP_CHECK(!tensor || tensor->is_cpu(), "channel_select: level, scale, center and whole must be on the CPU");
+  check_channel_select(x, level, scale, center, whole, rule);
 }
 
 int64_t channel_select_to(const Tensor& kept, int32_t* index, float* energy, const Tensor& x, const Tensor& level,

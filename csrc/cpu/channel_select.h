@@ -5,10 +5,9 @@
 
 #include "common/dispatch.h"
 #include "common/float_type.h"
+#include "common/select_rule.h"
 
 namespace scrimp {
-
-enum class SelectRule : int { threshold, relative, top_k, top_p };
 
 // One row: from x its scores, from a cut of them its mask, kept values and energies.
 struct SelectRow {

@@ -121,6 +121,23 @@ SelectCut top_p(const float* score, int64_t channels, float level) {
   return reach(score, channels, target, [](float x) { return static_cast<double>(x) * x; });
 }
 
+// Writes those of the channels [i, i + kLanes) whose mask is set; `to` has room for all of them. Returns their number.
+SCRIMP_INLINE int32_t list_some(const int8_t* masks, int32_t i, int32_t* to) {
+#if defined(__AVX512BW__)
+  const __mmask16 kept = _mm_movepi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(masks + i)));
+  const __m512i channel = _mm512_add_epi32(_mm512_set1_epi32(i), _mm512_cvtps_epi32((__m512)lane_index()));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(kept, channel));
+  return __builtin_popcount(kept);
+#else
+  int32_t count = 0;
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    to[count] = i + lane;
+    count -= masks[i + lane];
+  }
+  return count;
+#endif
+}
+
 }  // namespace
 
 void channel_select_score(const SelectRow& row) {
@@ -156,12 +173,13 @@ int32_t channel_select_list(int8_t* masks, int64_t rows, int64_t channels, int32
   for (int64_t m = 1; m < rows; ++m) {
     for (int64_t i = 0; i < channels; ++i) masks[i] |= masks[m * channels + i];
   }
-  int32_t count = 0;
-  for (int32_t i = 0; i < channels; ++i) {
+  int32_t count = 0, i = 0;
+  for (; i + kLanes <= channels; i += kLanes) count += list_some(masks, i, index + count);
+  for (; i < channels; ++i) {
     index[count] = i;
     count -= masks[i];
   }
-  for (int64_t i = count; i < channels; ++i) index[i] = -1;
+  for (i = count; i < channels; ++i) index[i] = -1;
   return count;
 }
 

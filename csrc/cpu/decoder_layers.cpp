@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "common/memory.h"
+#include "common/team.h"
 #include "common/tensors.h"
 #include "cpu/linear.h"
 #include "cpu/ops.h"
@@ -83,17 +85,29 @@ static Tensor apply_dense(const Parts& parts, const Tensor& x, const std::option
   return linear(x, weights, biases, residual);
 }
 
+// Whether a selection keeps x as it is: its level is below every score.
+static bool keeps_all(const std::optional<Tensor>* selection) {
+  const Tensor& level = *selection[0];
+  const bool is_number = level.is_cpu() && level.scalar_type() == torch::headeronly::ScalarType::Float &&
+                         level.dim() == 1 && level.size(0) == 1;
+  return is_number && *static_cast<const float*>(level.data_ptr()) < 0 && !selection[1] && !selection[2];
+}
+
 // The parts for the channels of x that matter, into out.
 static void apply_sparse(const Parts& parts, const Tensor& x, const std::optional<Tensor>& residual,
                          const Tensor& out) {
   const auto* s = parts.selection;
-  const Tensor kept = cpu_empty(x, x.sizes());
+  const bool all = keeps_all(s);
+  const int64_t K = x.size(2);
+  const Tensor kept = all ? x : cpu_empty(x, x.sizes());
   Memory memory;
-  const int64_t index = memory.reserve<int32_t>(x.size(2)), energy = memory.reserve<float>(2 * x.size(0) * x.size(1));
+  const int64_t index_at = memory.reserve<int32_t>(K), energy = memory.reserve<float>(2 * x.size(0) * x.size(1));
   memory.allocate();
-  const ChannelList channels{memory.at<int32_t>(index),
-                             channel_select_to(kept, memory.at<int32_t>(index), memory.at<float>(energy), x, *s[0],
-                                               s[1], s[2], std::nullopt, kRelativeRule, /*common=*/false)};
+  int32_t* const index = memory.at<int32_t>(index_at);
+  if (all) std::iota(index, index + K, 0);
+  const ChannelList channels{index, all ? K
+                                        : channel_select_to(kept, index, memory.at<float>(energy), x, *s[0], s[1], s[2],
+                                                            std::nullopt, kRelativeRule, /*common=*/false)};
   std::vector<Int4ChannelsOf> weights;
   for (int64_t i = 0, first = 0; i < parts.count; ++i) {
     const auto* t = parts.tensors + i * kTensors;
@@ -178,17 +192,18 @@ static void check(const Tensor& x, const OptionalTensors& norms, const std::vect
   }
 }
 
-static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::vector<double>& eps,
+static Tensor decoder_layers(const Tensor& hidden, const OptionalTensors& norms, const std::vector<double>& eps,
                              const OptionalTensors& linears, const std::vector<int64_t>& formats,
                              const OptionalTensors& selections, const Tensor& cos, const Tensor& sin,
                              const Tensor& positions, const Tensor& start, const Tensor& prefix,
                              const std::optional<Tensor>& ancestors, const std::vector<Tensor>& k_caches,
                              const std::vector<Tensor>& v_caches, const std::vector<int64_t>& windows, int64_t heads,
                              int64_t activation, double scale) {
-  check(x, norms, eps, linears, formats, selections, k_caches, v_caches, windows, heads, activation);
-  if (k_caches.empty()) return torch::stable::clone(x);
-  const int64_t B = x.size(0), T = x.size(1);
-  for (size_t i = 0; i < k_caches.size(); ++i) {
+  check(hidden, norms, eps, linears, formats, selections, k_caches, v_caches, windows, heads, activation);
+  if (k_caches.empty()) return torch::stable::clone(hidden);
+  const int64_t B = hidden.size(0), T = hidden.size(1);
+  Tensor x = hidden;
+  const auto layer = [&](size_t i) {
     const auto parts = [&](int64_t group) -> Parts {
       const int64_t first = i * kParts + kFirst[group];
       return {.tensors = linears.data() + first * kTensors,
@@ -214,7 +229,10 @@ static Tensor decoder_layers(Tensor x, const OptionalTensors& norms, const std::
     const Tensor gate_up = apply(parts(2), norm(x, 3), std::nullopt);
     const int64_t half = gate_up.size(2) / 2;
     x = apply(parts(3), activate(activation, slice(gate_up, 0, half), slice(gate_up, half, half)), x);
-  }
+  };
+  Team::run([&] {
+    for (size_t i = 0; i < k_caches.size(); ++i) layer(i);
+  });
   return x;
 }
 

@@ -18,8 +18,9 @@ struct ScreenState {
   const float* error;        // [groups]
   const float* norm;         // [groups]
   double rest;               // what the bound holds besides
-  int32_t* pairs;            // [32 groups], every pair_stride: two integers of 16 bits each
-  int64_t pair_stride;
+  int32_t* pieces;           // [32 groups], every stride: integers of 16 bits, as the instruction set wants them
+  int64_t stride;
+  uint8_t* fine;    // [groups]: set to 1 where an integer needs its lower byte, left as it is elsewhere
   int32_t* offset;  // [groups]: what the codes' offset adds to a sum of products
   float* step;      // [groups]
   float* bound;     // one
@@ -28,7 +29,8 @@ struct ScreenState {
 // Hidden states, at most kScreenRows, against tiles one after the other.
 struct ScreenBlock {
   int64_t rows, groups, wide, tiles;
-  const int32_t* pairs;   // [32 groups, rows]
+  const int32_t* pieces;  // [32 groups, rows]
+  const uint8_t* fine;    // [groups]: whether some state's integers have lower bytes
   const int32_t* offset;  // [rows, groups]
   const float* step;      // [rows, groups]
   const float* bound;     // [rows]

@@ -56,7 +56,7 @@ struct Exact {
   void prefetch(int64_t row) const {
     const int64_t bytes = head.K * head.element();
     const char* first = static_cast<const char*>(head.weight.data_ptr()) + row * head.weight.stride(0) * head.element();
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 2);
   }
 
   // Logits of hidden state m for `count` rows of the head from `first` on, or for those of `index`; at most
@@ -86,7 +86,8 @@ struct Exact {
 // What the screen sees of the hidden states: integers and bounds, and with them the intervals of any tiles.
 struct Screen {
   const Head& head;
-  Buffer<int32_t> pairs, offset;
+  Buffer<int32_t> pieces, offset;
+  std::vector<uint8_t> fine;  // [M / kScreenRows, groups]
   Buffer<float> step, bound;
   Buffer<float> totals;         // [M, tiles, 16], centres without the rows' scales
   Buffer<float> upper, centre;  // [M, tiles], the highest of a tile
@@ -94,8 +95,9 @@ struct Screen {
 
   Screen(const Head& head_in, const Rows& x)
       : head(head_in),
-        pairs(head.M * head.width() / 2),
+        pieces(head.M * head.width() / 2),
         offset(head.M * head.groups),
+        fine((head.M + kScreenRows - 1) / kScreenRows * head.groups),
         step(head.M * head.groups),
         bound(head.M),
         totals(head.M * head.tiles * kScreenTile),
@@ -125,8 +127,9 @@ struct Screen {
         .error = static_cast<const float*>(head.error.data_ptr()),
         .norm = static_cast<const float*>(head.norm.data_ptr()),
         .rest = head.slack * std::sqrt(length[m]),
-        .pairs = pairs + m / kScreenRows * kScreenRows * D / 2 + m % kScreenRows,
-        .pair_stride = together(m),
+        .pieces = pieces + m / kScreenRows * kScreenRows * D / 2 + m % kScreenRows,
+        .stride = together(m),
+        .fine = fine.data() + m / kScreenRows * head.groups,
         .offset = offset + m * head.groups,
         .step = step + m * head.groups,
         .bound = bound + m});
@@ -179,7 +182,8 @@ struct Screen {
             .groups = head.groups,
             .wide = head.wide,
             .tiles = tiles,
-            .pairs = pairs + m * head.width() / 2,
+            .pieces = pieces + m * head.width() / 2,
+            .fine = fine.data() + m / kScreenRows * head.groups,
             .offset = offset + m * head.groups,
             .step = step + m * head.groups,
             .bound = bound + m,

@@ -87,35 +87,82 @@ struct Packed {
   }
 };
 
+static const void* offset(const void* from, int64_t bytes) {
+  return from ? static_cast<const char*>(from) + bytes : nullptr;
+}
+
 // A weight with its place in the result.
 struct Part {
-  const Int4Problem& p;
-  int64_t first;       // of its outputs among all
-  int64_t panels = 0;  // of `outputs`
+  Form form;
+  Int4Panel whole;  // the weight as one panel, for row 0, without x and scratch
+  int64_t N, K, scale_bytes, zero_bytes;
+  bool reads_book;
+  float book[16] = {};  // exact mode reads an int8 codebook as fp32
+  int64_t panels = 0;   // of `outputs`
   int64_t outputs = 0;
   size_t packed = 0;
-  float book[16] = {};  // exact mode reads an int8 codebook as fp32
 
-  const void* codebook() const {
-    return p.codebook && !p.int8 && p.codebook->scalar_type() == ScalarType::Char ? book : data(p.codebook);
+  // Outputs from `first` on of those of `out`.
+  Part(const Int4Problem& p, const Tensor& out, int64_t first) : form(p), N(p.N), K(p.K) {
+    const int64_t groups = p.scales.size(1);
+    scale_bytes = groups * p.scales.element_size();
+    zero_bytes = p.zeros ? groups * p.zeros->element_size() : 0;
+    reads_book = p.codebook && !p.int8 && p.codebook->scalar_type() == ScalarType::Char;
+    if (reads_book) std::copy_n(static_cast<const int8_t*>(p.codebook->data_ptr()), 16, book);
+    const auto* codes = static_cast<const uint8_t*>(p.qweight.data_ptr());
+    const void *scales = p.scales.data_ptr(), *zeros = data(p.zeros);
+    whole = {.x = nullptr,
+             .outputs = N,
+             .codes = codes,
+             .codes_stride = K / 2,
+             .codes_end = codes + N * (K / 2),
+             .next = codes,
+             .group = p.group,
+             .scales = scales,
+             .zeros = zeros,
+             .scales_end = offset(scales, N * scale_bytes),
+             .zeros_end = offset(zeros, N * zero_bytes),
+             .scale_type = *float_type(p.scales),
+             .byte_zeros = p.byte_zeros,
+             .kind = p.kind,
+             .codebook = data(p.codebook),
+             .bias = data(p.bias),
+             .out = static_cast<char*>(out.data_ptr()) + first * out.element_size(),
+             .out_stride = out.size(out.dim() - 1),
+             .type = *float_type(out),
+             .scratch = nullptr};
+  }
+
+  // Outputs [n, n + outputs) for rows from `row` on; the thread is likely to need those from `next` on after them.
+  Int4Panel panel(int64_t n, int64_t next, int64_t row, int64_t size, const Int4Rows& x, float* scratch) const {
+    Int4Panel some = whole;
+    some.x = &x;
+    some.outputs = std::min(outputs, N - n);
+    some.codes += n * some.codes_stride;
+    some.next += std::min(next, N - 1) * some.codes_stride;
+    some.scales = offset(some.scales, n * scale_bytes);
+    some.zeros = offset(some.zeros, n * zero_bytes);
+    if (reads_book) some.codebook = book;
+    some.bias = offset(some.bias, n * size);
+    some.out = static_cast<char*>(some.out) + (row * some.out_stride + n) * size;
+    some.scratch = scratch;
+    return some;
   }
 };
 
 // Rows [begin, begin + rows): x is packed once for all weights of a form, then panels of outputs are computed.
-static void multiply(std::vector<Part>& parts, const Rows& x, int64_t begin, int64_t rows, char* out,
-                     int64_t out_stride) {
+static void multiply(std::vector<Part>& parts, const Rows& x, int64_t begin, int64_t rows, int64_t size) {
   Memory memory;
   std::vector<Packed> packed;
   int64_t panels = 0, operations = 0, scratch_size = 0;
   for (Part& part : parts) {
-    const Form form(part.p);
     part.packed = 0;
-    while (part.packed < packed.size() && !(packed[part.packed].form == form)) ++part.packed;
-    if (part.packed == packed.size()) packed.emplace_back(form, rows, part.p.K, memory);
-    part.outputs = rows == 1 && !form.limbs ? kInt4RowPanel : kInt4Panel;
-    part.panels = (part.p.N + part.outputs - 1) / part.outputs;
+    while (part.packed < packed.size() && !(packed[part.packed].form == part.form)) ++part.packed;
+    if (part.packed == packed.size()) packed.emplace_back(part.form, rows, part.K, memory);
+    part.outputs = rows == 1 && !part.form.limbs ? kInt4RowPanel : kInt4Panel;
+    part.panels = (part.N + part.outputs - 1) / part.outputs;
     panels += part.panels;
-    operations += 2 * rows * part.p.N * part.p.K;
+    operations += 2 * rows * part.N * part.K;
     scratch_size = std::max(scratch_size, int4_scratch(packed[part.packed].rows));
   }
   const int64_t workers = worker_count(std::max(panels, rows), operations);
@@ -124,14 +171,13 @@ static void multiply(std::vector<Part>& parts, const Rows& x, int64_t begin, int
   for (Packed& to : packed) to.place(memory);
   const auto scratch_of = [&](int64_t worker) { return memory.at<float>(scratch) + worker * scratch_size; };
 
-  const auto type = *float_type(parts[0].p.x);
   const auto pack = SCRIMP_VNNI_KERNEL(int4_pack);
   for (const Packed& to : packed) {
     for_each_item(rows, rows == 1 ? 1 : workers, [&](int64_t row, int64_t worker) {
       pack({.to = &to.rows,
             .row = row,
             .x = x.row(begin + row),
-            .type = type,
+            .type = parts[0].whole.type,
             .permutation = static_cast<const int32_t*>(to.form.permutation),
             .scratch = scratch_of(worker)});
     });
@@ -141,52 +187,27 @@ static void multiply(std::vector<Part>& parts, const Rows& x, int64_t begin, int
   for_each_item(panels, std::min(workers, panels), [&](int64_t panel, int64_t worker) {
     const Part* part = parts.data();
     for (; panel >= part->panels; ++part) panel -= part->panels;
-    const Int4Problem& p = part->p;
-    const int64_t n = panel * part->outputs, next = std::min(n + workers * part->outputs, p.N - 1);
-    const int64_t groups = p.scales.size(1), scale_size = p.scales.element_size(), x_size = p.x.element_size();
-    const int64_t stride = p.K / 2, zero_size = p.zeros ? p.zeros->element_size() : 0;
-    const auto* codes = static_cast<const uint8_t*>(p.qweight.data_ptr());
-    const auto* scales = static_cast<const char*>(p.scales.data_ptr());
-    const auto* zeros = static_cast<const char*>(data(p.zeros));
-    const auto* bias = static_cast<const char*>(data(p.bias));
-    kernel({.x = &packed[part->packed].rows,
-            .outputs = std::min(part->outputs, p.N - n),
-            .codes = codes + n * stride,
-            .codes_stride = stride,
-            .codes_end = codes + p.N * stride,
-            .next = codes + next * stride,
-            .group = p.group,
-            .scales = scales + n * groups * scale_size,
-            .zeros = zeros ? zeros + n * groups * zero_size : nullptr,
-            .scales_end = scales + p.N * groups * scale_size,
-            .zeros_end = zeros ? zeros + p.N * groups * zero_size : nullptr,
-            .scale_type = *float_type(p.scales),
-            .byte_zeros = p.byte_zeros,
-            .kind = p.kind,
-            .codebook = part->codebook(),
-            .bias = bias ? bias + n * x_size : nullptr,
-            .out = out + (begin * out_stride + part->first + n) * x_size,
-            .out_stride = out_stride,
-            .type = type,
-            .scratch = scratch_of(worker)});
+    const int64_t n = panel * part->outputs, next = n + workers * part->outputs;
+    kernel(part->panel(n, next, begin, size, packed[part->packed].rows, scratch_of(worker)));
   });
 }
 
 // out: contiguous [.., N of all problems], which share their x.
 static void multiply_all(const std::vector<Int4Problem>& problems, const Tensor& out) {
   std::vector<Part> parts;
+  parts.reserve(problems.size());
   int64_t M = 1, N = 0;
   for (const Int4Problem& p : problems) {
     check_on_cpu(p);
-    Part& part = parts.emplace_back(Part{.p = p, .first = N});
-    if (part.codebook() == part.book) std::copy_n(static_cast<const int8_t*>(p.codebook->data_ptr()), 16, part.book);
+    parts.emplace_back(p, out, N);
     N += p.N;
   }
   for (int64_t dim = 0; dim + 1 < out.dim(); ++dim) M *= out.size(dim);
   if (M == 0 || N == 0) return;
   const Rows rows(problems[0].x);
+  const int64_t size = out.element_size();
   for (int64_t row = 0; row < M; row += kInt4Rows) {
-    multiply(parts, rows, row, std::min(kInt4Rows, M - row), static_cast<char*>(out.data_ptr()), N);
+    multiply(parts, rows, row, std::min(kInt4Rows, M - row), size);
   }
 }
 

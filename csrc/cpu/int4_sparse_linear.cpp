@@ -4,12 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "common/channel_list.h"
 #include "common/float_dtype.h"
+#include "common/int4_sparse_linear.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/rows.h"
@@ -74,43 +74,19 @@ struct Int4SparseProblem {
     return tensor ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
   }
 
-  static void check_tensor(const char* name, const Tensor& tensor, ScalarType dtype,
-                           std::initializer_list<int64_t> shape) {
-    bool same = tensor.is_cpu() && tensor.dim() == static_cast<int64_t>(shape.size());
-    for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape.begin()[i];
-    SCRIMP_CHECK(same, "int4_sparse_linear: ", name, " has shape ", shape_text(tensor),
-                 ", which does not fit, or is not on the CPU");
-    SCRIMP_CHECK(tensor.scalar_type() == dtype, "int4_sparse_linear: ", name, " has a dtype that does not fit");
-  }
-
   void check() const {
     SCRIMP_CHECK(x.is_cpu() && x.dim() > 0, "int4_sparse_linear: x must be [.., inputs] on the CPU");
     SCRIMP_CHECK(float_type(x), "int4_sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
-    SCRIMP_CHECK(float_type(scales), "int4_sparse_linear: scales must be float32, bfloat16 or float16");
-    SCRIMP_CHECK(
-        group > 0 && K % group == 0 && (group == K || group == 16 || group == 32 || group == 64 || group == 128),
-        "int4_sparse_linear: group_size=", group, " must be 16, 32, 64, 128 or K=", K, " and divide it");
-    const int64_t groups = K / group;
-    check_tensor("codes", codes, ScalarType::Byte, {K, (N + kInt4Tile - 1) / kInt4Tile * kInt4Tile / 2});
-    check_tensor("scales", scales, scales.scalar_type(), {groups, N});
-    SCRIMP_CHECK(zeros.has_value() == (kind != Int4Zeros::none), "int4_sparse_linear: zeros do not fit zero_kind");
-    if (zeros) check_tensor("zeros", *zeros, byte_zeros ? ScalarType::Byte : scales.scalar_type(), {groups, N});
-    if (codebook) {
-      SCRIMP_CHECK(!zeros, "int4_sparse_linear: a codebook takes no zeros");
-      const bool wide = !int8 && codebook->scalar_type() == ScalarType::Float;
-      check_tensor("codebook", *codebook, wide ? ScalarType::Float : ScalarType::Char, {16});
+    bool all = codes.is_cpu() && scales.is_cpu();
+    for (const auto* tensor : {&zeros, &codebook, &permutation, &bias}) all &= !*tensor || (*tensor)->is_cpu();
+    SCRIMP_CHECK(all, "int4_sparse_linear: the tensors must be on the CPU");
+    check_int4_channels(x, codes, scales, zeros, codebook, permutation, bias, group, kind, byte_zeros, int8);
+    if (!permutation) return;
+    const auto* order = static_cast<const int32_t*>(permutation->data_ptr());
+    for (int64_t k = 0; k < K; ++k) {
+      SCRIMP_CHECK(0 <= order[k] && order[k] < inputs, "int4_sparse_linear: permutation[", k, "] is ", order[k],
+                   ", outside the ", inputs, " inputs");
     }
-    SCRIMP_CHECK(permutation ? inputs <= K : inputs == K, "int4_sparse_linear: x has ", inputs,
-                 " inputs, but the weight ", K);
-    if (permutation) {
-      check_tensor("permutation", *permutation, ScalarType::Int, {K});
-      const auto* order = static_cast<const int32_t*>(permutation->data_ptr());
-      for (int64_t k = 0; k < K; ++k) {
-        SCRIMP_CHECK(0 <= order[k] && order[k] < inputs, "int4_sparse_linear: permutation[", k, "] is ", order[k],
-                     ", outside the ", inputs, " inputs");
-      }
-    }
-    if (bias) check_tensor("bias", *bias, x.scalar_type(), {N});
   }
 };
 
@@ -118,58 +94,60 @@ struct Int4SparseProblem {
 class Int4Listed {
  public:
   Int4Listed(const Int4SparseProblem& p, const int32_t* index, int64_t count) : size_(p.block()) {
-    std::vector<int32_t> columns, inputs;
-    if (p.permutation) {
-      const auto* order = static_cast<const int32_t*>(p.permutation->data_ptr());
-      std::vector<char> wanted(p.inputs);
-      for (int64_t j = 0; j < count; ++j) wanted[index[j]] = 1;
-      for (int64_t k = 0; k < p.K; ++k) {
-        if (wanted[order[k]]) columns.push_back(static_cast<int32_t>(k)), inputs.push_back(order[k]);
-      }
-      cut(columns.data(), inputs.data(), static_cast<int64_t>(columns.size()));
-    } else {
-      cut(index, index, count);
+    if (!p.permutation) {
+      cut(index, nullptr, count);
+      return;
     }
+    std::vector<int32_t> columns, inputs;
+    const auto* order = static_cast<const int32_t*>(p.permutation->data_ptr());
+    std::vector<char> wanted(p.inputs);
+    for (int64_t j = 0; j < count; ++j) wanted[index[j]] = 1;
+    for (int64_t k = 0; k < p.K; ++k) {
+      if (wanted[order[k]]) columns.push_back(static_cast<int32_t>(k)), inputs.push_back(order[k]);
+    }
+    cut(columns.data(), inputs.data(), static_cast<int64_t>(columns.size()));
   }
 
   int64_t quads() const { return quads_; }
+  // The first span of a block where piece `piece` of `pieces` of the list begins.
+  int64_t block_at(int64_t piece, int64_t pieces) const {
+    int64_t span = span_count_ * piece / pieces;
+    while (span < span_count_ && !spans_[span].opens) ++span;
+    return span;
+  }
   Int4SparseList list() const {
-    return {.channel = channels_.data(),
-            .input = inputs_.data(),
-            .place = places_.data(),
-            .spans = spans_.data(),
-            .span_count = static_cast<int64_t>(spans_.size()),
-            .block = size_};
+    return {.channel = channels_, .input = inputs_, .spans = spans_, .span_count = span_count_, .block = size_};
   }
 
  private:
-  // Columns that ascend, and the input of each.
+  // Columns that ascend, and the input of each where that is another one.
   void cut(const int32_t* columns, const int32_t* inputs, int64_t count) {
-    const int64_t most = count + 3 * std::min(count, count ? columns[count - 1] / size_ + 1 : 0);
-    channels_.resize(most), inputs_.resize(most), places_.resize(most);
+    const int64_t blocks = std::min(count, count ? columns[count - 1] / size_ + 1 : 0), most = count + 3 * blocks;
+    const int64_t channels_at = memory_.reserve<int32_t>(most), inputs_at = memory_.reserve<int32_t>(inputs ? most : 0);
+    const int64_t spans_at = memory_.reserve<Int4Span>(most / (4 * kInt4SpanQuads) + blocks);
+    memory_.allocate();
+    channels_ = memory_.at<int32_t>(channels_at);
+    inputs_ = inputs ? memory_.at<int32_t>(inputs_at) : channels_;
+    spans_ = memory_.at<Int4Span>(spans_at);
     int64_t to = 0;
-    for (int64_t j = 0; j < count;) {
-      const int64_t block = columns[j] / size_, begin = block * size_, end = begin + size_, first = to / 4;
-      for (; j < count && columns[j] < end; ++j, ++to) {
-        channels_[to] = columns[j], inputs_[to] = inputs[j];
-        places_[to] = static_cast<uint8_t>(columns[j] - begin);
-      }
-      for (; to % 4; ++to) {
-        channels_[to] = channels_[to - 1], inputs_[to] = inputs_[to - 1];
-        places_[to] = static_cast<uint8_t>(kInt4Block);
-      }
+    for (int64_t j = 0, end; j < count; j = end) {
+      const int64_t block = columns[j] / size_, behind = (block + 1) * size_, first = to / 4;
+      for (end = j; end < count && columns[end] < behind;) ++end;
+      std::copy(columns + j, columns + end, channels_ + to);
+      if (inputs) std::copy(inputs + j, inputs + end, inputs_ + to);
+      for (to += end - j; to % 4; ++to) channels_[to] = channels_[to - 1], inputs_[to] = inputs_[to - 1];
       quads_ = to / 4;
       for (int64_t quad = first; quad < quads_; quad += kInt4SpanQuads) {
         const int64_t last = std::min(quad + kInt4SpanQuads, quads_);
-        spans_.push_back({quad, last - quad, block, quad == first, last == quads_});
+        spans_[span_count_++] = {quad, last - quad, block, quad == first, last == quads_};
       }
     }
   }
 
-  int64_t size_, quads_ = 0;
-  std::vector<int32_t> channels_, inputs_;
-  std::vector<uint8_t> places_;
-  std::vector<Int4Span> spans_;
+  int64_t size_, quads_ = 0, span_count_ = 0;
+  Memory memory_;
+  int32_t *channels_, *inputs_;
+  Int4Span* spans_;
 };
 
 // Outputs of a weight that one thread computes.
@@ -178,9 +156,10 @@ struct Int4SparseItem {
   int64_t first, outputs;
 };
 
-// Rows [first, first + rows) for weights [begin, end): x is packed once, then parts of the outputs are computed.
+// Rows [first_row, first_row + rows) for weights [begin, end): x is packed once, then parts of the outputs are
+// computed.
 static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* end, const Int4Listed& listed,
-                     const Rows& x_rows, int64_t first, int64_t rows, char* out, int64_t out_stride) {
+                     const Rows& x_rows, int64_t first_row, int64_t rows, char* out, int64_t out_stride) {
   const int64_t quads = listed.quads();
   int64_t N = 0, tiles = 0;
   for (const auto* p = begin; p < end; ++p) N += p->N, tiles += (p->N + kInt4Tile - 1) / kInt4Tile;
@@ -214,8 +193,12 @@ static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* en
                               .int8 = begin->int8};
   const auto type = *float_type(begin->x);
   const auto pack = SCRIMP_VNNI_KERNEL(int4_sparse_pack);
-  for_each_item(rows, rows == 1 ? 1 : std::min(workers, rows), [&](int64_t row, int64_t) {
-    pack({.to = &packed, .row = row, .x = x_rows.row(first + row), .type = type});
+  const int64_t pieces = rows == 1 ? 1 : workers;  // of the list: rows lie side by side in memory
+  for_each_item(pieces, pieces, [&](int64_t piece, int64_t) {
+    const int64_t first = listed.block_at(piece, pieces), last = listed.block_at(piece + 1, pieces);
+    for (int64_t row = 0; row < rows; ++row) {
+      pack({.to = &packed, .row = row, .begin = first, .end = last, .x = x_rows.row(first_row + row), .type = type});
+    }
   });
 
   const auto at = [](const OptionalTensor& tensor, int64_t n) {
@@ -241,7 +224,7 @@ static void multiply(const Int4SparseProblem* begin, const Int4SparseProblem* en
             .kind = p.kind,
             .codebook = p.entries(),
             .bias = at(p.bias, n),
-            .out = out + (first * out_stride + p.first_output + n) * size,
+            .out = out + (first_row * out_stride + p.first_output + n) * size,
             .out_stride = out_stride,
             .type = type,
             .sums = memory.at<float>(scratch) + 2 * worker * rows * width,

@@ -6,10 +6,10 @@
 #include "common/dispatch.h"
 #include "common/float_type.h"
 #include "common/int4.h"
+#include "common/int4_tile.h"
 
 namespace scrimp {
 
-constexpr int64_t kInt4Tile = 128;       // outputs whose codes of a channel are 64 bytes, side by side
 constexpr int64_t kInt4Block = 128;      // channels that are summed before scales are applied, at most
 constexpr int64_t kInt4SpanQuads = 4;    // quads of channels whose products are summed in registers
 constexpr int64_t kInt4SparseRows = 64;  // rows of one pass over the weight
@@ -25,7 +25,6 @@ struct Int4Span {
 struct Int4SparseList {
   const int32_t* channel;  // [quad][4]: whose codes are read
   const int32_t* input;    // [quad][4]: which element of a row they multiply
-  const uint8_t* place;    // [quad][4]: where in its block a channel is; kInt4Block: a filler
   const Int4Span* spans;
   int64_t span_count;
   int64_t block;  // channels of a block
@@ -44,10 +43,10 @@ struct Int4SparseRows {
   bool int8;
 };
 
-// One row to be packed as number `row`.
+// One row to be packed as number `row`, in the blocks of spans [begin, end).
 struct Int4SparseRow {
   const Int4SparseRows* to;
-  int64_t row;
+  int64_t row, begin, end;
   const void* x;
   FloatType type;
 };

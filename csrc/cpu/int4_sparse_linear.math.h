@@ -72,6 +72,7 @@ SCRIMP_INLINE void for_nibbles(Body body) {
 
 // Where the codes of a span's channels lie, for the outputs of the part.
 struct SpanCodes {
+  int64_t channels;
   const uint8_t* channel[4 * kInt4SpanQuads];
 };
 

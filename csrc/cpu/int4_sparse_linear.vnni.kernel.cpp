@@ -12,7 +12,9 @@ namespace {
 
 constexpr int kSlices = 16 / kLanes;  // vectors of codes in a tile
 constexpr int kSliceBytes = 4 * kLanes;
-constexpr int64_t kAhead = 4;  // tiles from the one that is read to the one that is fetched
+// Tiles from the one that is read to the one that is fetched; where the sums of a part lie in the first cache (rows x
+// tiles), there is room for two: one into that, a farther one into the second.
+constexpr int64_t kAhead = 4, kNear = 2, kFar = 8, kSmall = 64;
 
 typedef int8_t QuarterVec __attribute__((vector_size(kLanes)));
 
@@ -63,10 +65,20 @@ template <int R, int First, int V, class Math>
 
 SCRIMP_INLINE SpanCodes codes_of(const Int4SparsePart& p, const Int4SparseList& list, const Int4Span& span) {
   SpanCodes from;
-  for (int64_t j = 0; j < 4 * span.quads; ++j) {
+  from.channels = 4 * span.quads;
+  for (int64_t j = 0; j < from.channels; ++j) {
     from.channel[j] = p.codes + list.channel[4 * span.first + j] * p.codes_stride;
   }
   return from;
+}
+
+// Fetches the codes of a tile of the span that is read, or, behind its last one, of the next span. (GCC drops it from a
+// lambda, as something without effect.)
+template <int Cache>
+SCRIMP_INLINE void fetch(const SpanCodes& from, const SpanCodes& then, int64_t tile, int64_t tiles) {
+  const SpanCodes& codes = tile < tiles ? from : then;
+  const int64_t at = 64 * (tile < tiles ? tile : (tile - tiles) % tiles);
+  for (int64_t j = 0; j < codes.channels; ++j) __builtin_prefetch(codes.channel[j] + at, 0, Cache);
 }
 
 template <class Math>
@@ -75,6 +87,7 @@ void run(const Int4SparsePart& part) {
   const Int4SparsePart& p = math.p;
   const Int4SparseList& list = math.list;
   const int64_t rows = math.x.rows, tiles = p.width / kInt4Tile;
+  const bool small = rows * tiles <= kSmall;
   memset(p.totals, 0, sizeof(float) * rows * p.width);
   Scales scales = {};
   for (int64_t s = 0; s < list.span_count; ++s) {
@@ -82,11 +95,8 @@ void run(const Int4SparsePart& part) {
     const SpanCodes from = codes_of(p, list, span), then = codes_of(p, list, next);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       if (span.closes) read_scales(p, span.block * list.block / p.group, tile * kInt4Tile, scales);
-      const bool here = tile + kAhead < tiles;
-      const int64_t ahead = (here ? tile + kAhead : (tile + kAhead - tiles) % tiles) * 64;
-      for (int64_t j = 0; j < 4 * (here ? span : next).quads; ++j) {
-        __builtin_prefetch((here ? from : then).channel[j] + ahead, 0, 3);
-      }
+      fetch<3>(from, then, tile + (small ? kNear : kAhead), tiles);
+      if (small) fetch<2>(from, then, tile + kFar, tiles);
       for (int slice = 0; slice < kSlices; ++slice) {
         for (int64_t row = 0; row < rows; row += Math::kTileRows) {
           with_constant<Math::kTileRows>(rows - row, [&](auto count) __attribute__((always_inline)) {
@@ -134,33 +144,58 @@ float quantize(const float* values, int64_t columns, int8_t* integers, float* sc
   return sum_lanes(sum);
 }
 
-// The listed values lie at their places in the block, so that sums do not depend on the list; fillers read a zero
-// behind it.
+// Whether number j of the list only fills a quad: the block's last channel once more.
+SCRIMP_INLINE bool is_filler(const Int4SparseList& list, int64_t j) {
+  return j % 4 != 0 && list.channel[j] == list.channel[j - 1];
+}
+
+// The listed values of a block, which has the quads [first, last), as integers. What depends on all of them depends on
+// no order.
+template <class T>
+void pack_integers(const Int4SparseRow& row, const Int4SparseList& list, const T* x, int64_t first, int64_t last,
+                   int64_t at) {
+  const Int4SparseRows& to = *row.to;
+  const int64_t count = 4 * (last - first);
+  const int32_t* const input = list.input + 4 * first;
+  float values[kInt4Block];
+  int8_t integers[kInt4Block] = {};
+  for (int64_t j = 0; j < count; ++j) values[j] = one(x + input[j]);
+  for (int64_t j = count; j % kLanes; ++j) values[j] = 0.0f;
+  for (int64_t j = count - 3; j < count; ++j) {
+    if (is_filler(list, 4 * first + j)) values[j] = 0.0f;
+  }
+  to.sums[at] = quantize(values, (count + kLanes - 1) / kLanes * kLanes, integers, to.scales + at);
+  to.starts[at] = -to.center * static_cast<int32_t>(to.sums[at]);
+  for (int64_t quad = first; quad < last; ++quad) {
+    memcpy(to.integers + 4 * (quad * to.rows + row.row), integers + 4 * (quad - first), 4);
+  }
+}
+
+// The listed values of a block. They lie at their places in the block when they are added up, so that their sum does
+// not depend on the list.
+template <class T>
+void pack_values(const Int4SparseRow& row, const Int4SparseList& list, const T* x, int64_t block, int64_t first,
+                 int64_t last, int64_t at) {
+  const Int4SparseRows& to = *row.to;
+  float values[kInt4Block] = {};
+  for (int64_t j = 4 * first; j < 4 * last; ++j) {
+    const float value = one(x + list.input[j]);
+    values[list.channel[j] - block * list.block] = value;
+    to.values[j * to.rows + row.row] = is_filler(list, j) ? 0.0f : value;
+  }
+  Vec sum{};
+  for (int64_t k = 0; k < list.block; k += kLanes) sum += load(values + k);
+  to.sums[at] = sum_lanes(sum);
+}
+
 template <class T>
 void pack(const Int4SparseRow& row, const T* x) {
-  const Int4SparseRows to = *row.to;
-  const Int4SparseList list = *to.list;
-  for (int64_t s = 0, end; s < list.span_count; s = end) {
+  const Int4SparseList list = *row.to->list;
+  for (int64_t s = row.begin, end; s < row.end; s = end) {
     for (end = s + 1; !list.spans[end - 1].closes; ++end) continue;
     const int64_t first = list.spans[s].first, last = list.spans[end - 1].first + list.spans[end - 1].quads;
-    const int64_t at = list.spans[s].block * to.rows + row.row;
-    float values[kInt4Block + 1] = {};
-    for (int64_t j = 4 * first; j < 4 * last; ++j) values[list.place[j]] = one(x + list.input[j]);
-    if (to.int8) {
-      int8_t integers[kInt4Block + 1] = {};
-      to.sums[at] = quantize(values, list.block, integers, to.scales + at);
-      to.starts[at] = -to.center * static_cast<int32_t>(to.sums[at]);
-      for (int64_t quad = first; quad < last; ++quad) {
-        int8_t* const word = to.integers + 4 * (quad * to.rows + row.row);
-        for (int i = 0; i < 4; ++i) word[i] = integers[list.place[4 * quad + i]];
-      }
-    } else {
-      values[kInt4Block] = 0.0f;
-      Vec sum{};
-      for (int64_t k = 0; k < list.block; k += kLanes) sum += load(values + k);
-      to.sums[at] = sum_lanes(sum);
-      for (int64_t j = 4 * first; j < 4 * last; ++j) to.values[j * to.rows + row.row] = values[list.place[j]];
-    }
+    const int64_t block = list.spans[s].block, at = block * row.to->rows + row.row;
+    row.to->int8 ? pack_integers(row, list, x, first, last, at) : pack_values(row, list, x, block, first, last, at);
   }
 }
 

@@ -4,14 +4,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "common/check.h"
 #include "common/parallel.h"
+#include "common/sparse_attention.h"
 #include "common/tensors.h"
 
 namespace scrimp {
@@ -54,41 +54,21 @@ struct Plan {
   bool causal;
 };
 
-static void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
-  for (const auto& [name, tensor] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}}) {
-    SCRIMP_CHECK(tensor->dim() == 4, "sparse_attention: ", name, " must be [B, H, N, D], got ", shape_text(*tensor));
+// Dtypes, devices and the values of row_start.
+static void check_for_cpu(std::initializer_list<std::pair<const char*, const Tensor*>> heads,
+                          std::initializer_list<std::pair<const char*, const Tensor*>> plan,
+                          const std::optional<Tensor>& row_start, int64_t n_k) {
+  for (const auto& [name, tensor] : heads) {
     const auto dtype = tensor->scalar_type();
     SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "sparse_attention: ", name,
                  " must be float32 or bfloat16 on the CPU");
-    SCRIMP_CHECK(dtype == q.scalar_type(), "sparse_attention: ", name, " and q differ in dtype");
     SCRIMP_CHECK(tensor->is_cpu(), "sparse_attention: ", name, " must be on the CPU");
   }
-  const int64_t H = q.size(1), G = k.size(1);
-  for (int i = 0; i < 4; ++i)
-    SCRIMP_CHECK(k.size(i) == v.size(i) && (i == 1 || i == 2 || k.size(i) == q.size(i)), "sparse_attention: shapes q ",
-                 shape_text(q), ", k ", shape_text(k), ", v ", shape_text(v), " do not fit together");
-  SCRIMP_CHECK(G == 0 ? H == 0 : H % G == 0, "sparse_attention: ", H, " query heads are not a multiple of ", G,
-               " key/value heads");
-  SCRIMP_CHECK(q.size(3) <= 256, "sparse_attention: head size D=", q.size(3), " is above 256");
-}
-
-// `length` is the size of dimension 2, or -1 for any.
-static void check_plan_tensor(const char* name, const Tensor& tensor, const Tensor& q, int64_t dim, int64_t length) {
-  SCRIMP_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_cpu(), "sparse_attention: ", name,
-               " must be int32 on the CPU");
-  bool fits = tensor.dim() == dim;
-  for (int i = 0; fits && i < 2; ++i) fits = tensor.size(i) == 1 || tensor.size(i) == q.size(i);
-  fits = fits && (length < 0 || tensor.size(2) == length) && (dim == 3 || tensor.size(3) == 2);
-  SCRIMP_CHECK(fits, "sparse_attention: ", name, " has shape ", shape_text(tensor), ", which does not fit q ",
-               shape_text(q), length < 0 ? "" : " and its number of tiles, ", length < 0 ? "" : std::to_string(length));
-}
-
-static void check_row_start(const Tensor& tensor, const Tensor& q, int64_t n_k) {
-  SCRIMP_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_cpu(),
-               "sparse_attention: row_start must be int32 on the CPU");
-  SCRIMP_CHECK(tensor.dim() == 2 && (tensor.size(0) == 1 || tensor.size(0) == q.size(0)) && tensor.size(1) == q.size(2),
-               "sparse_attention: row_start has shape ", shape_text(tensor), ", which does not fit q ", shape_text(q));
-  const Tensor whole = torch::stable::contiguous(tensor);
+  for (const auto& [name, tensor] : plan)
+    SCRIMP_CHECK(tensor->is_cpu(), "sparse_attention: ", name, " must be on the CPU");
+  if (!row_start) return;
+  SCRIMP_CHECK(row_start->is_cpu(), "sparse_attention: row_start must be on the CPU");
+  const Tensor whole = torch::stable::contiguous(*row_start);
   const auto* start = static_cast<const int32_t*>(whole.data_ptr());
   for (int64_t i = 0, n = whole.numel(); i < n; ++i)
     SCRIMP_CHECK(start[i] >= 0 && start[i] <= n_k, "sparse_attention: row_start ", start[i],
@@ -185,21 +165,14 @@ static std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q_any, const Te
                                                    const Tensor& columns, const Tensor& column_slice,
                                                    const std::optional<Tensor>& row_start, int64_t q_block,
                                                    int64_t q_offset, bool causal, double scale) {
-  check_tensors(q_any, k_any, v_any);
+  check_sparse_attention(q_any, k_any, v_any, ranges, range_slice, columns, column_slice, row_start, q_block, q_offset,
+                         scale);
   const int64_t B = q_any.size(0), H = q_any.size(1), n_q = q_any.size(2), D = q_any.size(3);
-  const int64_t G = k_any.size(1), n_k = k_any.size(2);
-  constexpr int64_t far = int64_t{1} << 31;
-  SCRIMP_CHECK(n_q < far && n_k < far, "sparse_attention: n_q=", n_q, " or n_k=", n_k, " does not fit int32");
-  SCRIMP_CHECK(-far < q_offset && q_offset < far, "sparse_attention: q_offset=", q_offset, " does not fit int32");
-  SCRIMP_CHECK(q_block >= 1 && q_block < far, "sparse_attention: q_block=", q_block, " must be at least 1");
-  SCRIMP_CHECK(std::isfinite(scale), "sparse_attention: scale=", scale, " must be finite");
-  const int64_t tiles = (n_q + q_block - 1) / q_block;
-  check_plan_tensor("ranges", ranges, q_any, 4, -1);
-  check_plan_tensor("range_slice", range_slice, q_any, 4, tiles);
-  check_plan_tensor("columns", columns, q_any, 3, -1);
-  check_plan_tensor("column_slice", column_slice, q_any, 4, tiles);
-  if (row_start) check_row_start(*row_start, q_any, n_k);
-
+  const int64_t G = k_any.size(1), n_k = k_any.size(2), tiles = (n_q + q_block - 1) / q_block;
+  check_for_cpu(
+      {{"q", &q_any}, {"k", &k_any}, {"v", &v_any}},
+      {{"ranges", &ranges}, {"range_slice", &range_slice}, {"columns", &columns}, {"column_slice", &column_slice}},
+      row_start, n_k);
   const Plan plan{.ranges = PlanTensor(ranges),
                   .range_slice = PlanTensor(range_slice),
                   .columns = PlanTensor(columns),

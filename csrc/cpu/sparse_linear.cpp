@@ -11,6 +11,7 @@
 #include "common/float_dtype.h"
 #include "common/memory.h"
 #include "common/rows.h"
+#include "common/sparse_linear.h"
 #include "common/tensors.h"
 #include "cpu/ops.h"
 
@@ -24,20 +25,9 @@ constexpr int64_t kAlone = 1 << 17;  // bytes of weights below which a second th
 
 static void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual) {
   SCRIMP_CHECK(float_type(x), "sparse_linear: x must be float32, bfloat16 or float16 on the CPU");
-  const auto fits = [&](const Tensor& tensor) { return tensor.scalar_type() == x.scalar_type() && tensor.is_cpu(); };
-  const int64_t K = x.size(x.dim() - 1);
-  SCRIMP_CHECK(fits(weight) && weight.dim() == 2 && weight.size(0) == K,
-               "sparse_linear: weight must be on the CPU, of the dtype of x and [", K, ", N], got ",
-               shape_text(weight));
-  const int64_t N = weight.size(1);
-  SCRIMP_CHECK(N <= 1 || weight.stride(1) == 1, "sparse_linear: the outputs of a channel must be adjacent");
-  SCRIMP_CHECK(!bias || (fits(*bias) && bias->dim() == 1 && bias->size(0) == N),
-               "sparse_linear: bias must be on the CPU, of the dtype of x and [", N, "]");
-  if (!residual) return;
-  bool same = fits(*residual) && residual->dim() == x.dim() && residual->size(x.dim() - 1) == N;
-  for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = residual->size(i) == x.size(i);
-  SCRIMP_CHECK(same, "sparse_linear: residual has shape ", shape_text(*residual), ", but x ", shape_text(x),
-               " and N=", N, ", or another device or dtype");
+  SCRIMP_CHECK(weight.is_cpu() && (!bias || bias->is_cpu()) && (!residual || residual->is_cpu()),
+               "sparse_linear: weight, bias and residual must be on the CPU");
+  check_sparse_linear(x, weight, bias, residual);
 }
 
 void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, ChannelList channels,
@@ -57,7 +47,7 @@ void sparse_linear_to(const Tensor& out, const Tensor& x, const Tensor& weight, 
   const int64_t run = std::min(kRun, kSums / rows_most);
   const int64_t turns = (N + workers * run - 1) / (workers * run);
   const int64_t share = (N + workers * turns - 1) / (workers * turns);
-  const int64_t width = (share + 63) / 64 * 64, items = (N + width - 1) / width;
+  const int64_t width = (share + 31) / 32 * 32, items = (N + width - 1) / width;
   Memory memory;
   const int64_t packed_at = memory.reserve<float>(rows_most * listed);
   const int64_t sums_at = memory.reserve<float>(2 * workers * rows_most * width);

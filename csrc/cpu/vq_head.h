@@ -29,17 +29,18 @@ inline bool all_inside(const int32_t* codes, int64_t count, int64_t K) {
   return inside.load();
 }
 
-// The codes and the bias of V tokens, of which each has G codes; contiguous, checked.
+// The codes and the bias of V tokens, of which each has G codes; contiguous, checked but for the values of the codes.
 struct VqTokens {
-  int64_t G, V;
+  const char* op;
+  int64_t G, V, K;
   Tensor codes_tensor;
   std::optional<Tensor> bias_tensor;
   const int32_t* codes;        // [G, V]
   const void* bias = nullptr;  // [V], or null
 
-  VqTokens(const char* op, const Tensor& h, const Tensor& codebook, const Tensor& codes_any,
+  VqTokens(const char* op_name, const Tensor& h, const Tensor& codebook, const Tensor& codes_any,
            const std::optional<Tensor>& bias_any)
-      : codes_tensor(codes_any) {
+      : op(op_name), codes_tensor(codes_any) {
     using torch::headeronly::ScalarType;
     const auto dtype = h.scalar_type();
     SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
@@ -52,16 +53,23 @@ struct VqTokens {
     V = codes_any.size(dims - 1);
     codes_tensor = as_contiguous(codes_any);
     codes = static_cast<const int32_t*>(codes_tensor.data_ptr());
-    const int64_t K = codebook.size(0);
-    if (!all_inside(codes, G * V, K)) {
-      int64_t i = 0;
-      while (codes[i] >= 0 && codes[i] < K) ++i;
-      fail(op, ": codes[", dims == 2 ? text_of(i / V) + ", " : "", i % V, "]=", codes[i], " is not one of the ", K,
-           " rows of the codebook");
-    }
+    K = codebook.size(0);
     if (!bias_any) return;
     bias_tensor = as_contiguous(*bias_any);
     bias = bias_tensor->data_ptr();
+  }
+
+  // Fails where a code is not a row of the codebook.
+  void check_codes() const {
+    if (!all_inside(codes, G * V, K)) fail_outside();
+  }
+
+  // Names the first such code.
+  [[noreturn]] void fail_outside() const {
+    int64_t i = 0;
+    while (codes[i] >= 0 && codes[i] < K) ++i;
+    fail(op, ": codes[", codes_tensor.dim() == 2 ? text_of(i / V) + ", " : "", i % V, "]=", codes[i],
+         " is not one of the ", K, " rows of the codebook");
   }
 };
 

@@ -16,6 +16,7 @@ constexpr int64_t kTokens = 4096;  // of a block: their codes stay in the first-
 static Tensor vq_logits(const Tensor& h, const Tensor& codebook, const Tensor& codes,
                         const std::optional<Tensor>& bias) {
   const VqTokens tokens("vq_logits", h, codebook, codes, bias);
+  tokens.check_codes();
   std::vector<int64_t> shape(h.sizes().begin(), h.sizes().end());
   shape.back() = tokens.V;
   const Tensor logits = cpu_empty(h, shape);

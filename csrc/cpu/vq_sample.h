@@ -13,7 +13,7 @@ struct VqRow {
   const void* scores;                // [K]
   const int32_t* codes;              // [G, V], below K
   const void* bias;                  // [V], or null
-  const int32_t* counts;  // [K]: tokens of each code; null without filters, or where G > 1 or there is a bias
+  const int32_t* counts;  // [K]: tokens of each code; null without filters, or where tokens have more than their code
   float temperature;
   int64_t top_k;  // from 0 (off) on
   double top_p;
@@ -22,7 +22,25 @@ struct VqRow {
   bool bf16;
 };
 
+// How a row chooses among tokens that have nothing but the score of a code.
+struct VqChoice {
+  float low;       // filters keep scores above it,
+  int64_t last;    // and those at it of tokens up to this one
+  float bar;       // scores + noise are above it; 0 at temperature 0
+  float* weights;  // [K]: exp(score - bar); -1 where no token is kept
+};
+
+// The best of some tokens: its score + noise (0 at temperature 0), and its number.
+struct VqBest {
+  double value;
+  int64_t token;
+};
+
 }  // namespace scrimp
 
-// The token, or -1 where a logit is NaN or all are -inf.
-SCRIMP_DECLARE_KERNEL(int64_t vq_sample(const VqRow& row))
+// vq_sample: the token of a row, or -1 where a logit is NaN or all are -inf.
+// vq_sample_start: fills a choice where the scores of the codes say all that it takes, if the best code has a token.
+// vq_sample_add: adds tokens [first, last) to the best so far; false where a code is not below K, before it is used.
+SCRIMP_DECLARE_KERNEL(int64_t vq_sample(const VqRow& row); bool vq_sample_start(const VqRow& row, VqChoice& choice);
+                      bool vq_sample_add(const VqRow& row, const VqChoice& choice, int64_t first, int64_t last,
+                                         VqBest& best))

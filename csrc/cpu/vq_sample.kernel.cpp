@@ -2,7 +2,8 @@
 //
 // Logits are looked up again in every pass and never stored. A token can only win if the complement of its uniform
 // number, 1 - u, is at most exp(score - best so far): -log(-log u) >= t means 1 - u <= 1 - exp(-exp(-t)) <= exp(-t).
-// That is a hash, an exponential and a comparison, many tokens at a time; few are left to be looked at precisely.
+// Where a token has the score of its code, these exponentials are a table over the codes, so that a token costs a hash,
+// a gather and a comparison, many tokens at a time; few are left to be looked at precisely.
 #include "cpu/vq_sample.h"
 
 #include <math.h>
@@ -14,8 +15,10 @@ namespace scrimp::SCRIMP_ISA {
 namespace {
 
 constexpr int64_t kBlock = 32 * kLanes;  // tokens after which candidates are looked at
+constexpr int64_t kAhead = 1024;         // tokens whose codes are prefetched
 constexpr int kHalf = kLanes / 2;
 constexpr float kSlack = 1.0001f;  // more than the rounding of a candidate's test
+constexpr float kLeastNoise = 4;   // more than -log(-log u) of the smallest u, 2^-53, is below 0
 
 typedef uint64_t KeyVec __attribute__((vector_size(4 * kLanes)));
 
@@ -139,10 +142,13 @@ Cut find_cut(const VqRow& row, const Scores<T>& scores, float best) {
     const auto wanted = [&](double all) { return target = row.top_p * all; };
     cut.low = lowest_kept(visit, weigh, wanted, above);
     double missing = target - above;
-    for (int64_t v = 0; v < row.tokens && missing > 0; ++v) {
-      if (scores.one(v) != cut.low) continue;
-      missing -= mass(cut.low);
-      cut.last = v;
+    for (int64_t v = 0; v < row.tokens && missing > 0; v += kLanes) {
+      const IntVec equal = scores.lanes(v) == broadcast(cut.low);
+      for (int64_t i = 0; any_lane(equal) && i < kLanes && missing > 0; ++i) {
+        if (!equal[i]) continue;
+        missing -= mass(cut.low);
+        cut.last = v + i;
+      }
     }
   }
   const float low = best + row.log_min_p;
@@ -151,27 +157,40 @@ Cut find_cut(const VqRow& row, const Scores<T>& scores, float best) {
 
 // ---- the draw ----
 
-SCRIMP_INLINE KeyVec mix(KeyVec value) {
-  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
-  value = (value ^ (value >> 27)) * 0x94D049BB133111EB;
-  return value ^ (value >> 31);
-}
+// Numbers of 31 bits for tokens first, first + 1, ..., kLanes at each call: 1 - u in units of 2^-31, rounded down.
+class Complements {
+ public:
+  Complements(uint64_t key, int64_t first) {
+    for (int i = 0; i < kHalf; ++i) low_[i] = key + static_cast<uint64_t>(first + 1 + i) * kGamma;
+    high_ = low_ + kHalf * kGamma;
+  }
 
-// At most 1 - u of tokens v, v + 1, ..., and 2^-31 less at most.
-SCRIMP_INLINE Vec complements(uint64_t key, int64_t v) {
-  KeyVec step;
-  for (int i = 0; i < kHalf; ++i) step[i] = static_cast<uint64_t>(i) * kGamma;
-  const uint64_t first = key + static_cast<uint64_t>(v + 1) * kGamma;
-  const BitsVec a = (BitsVec)~mix(step + first), b = (BitsVec)~mix(step + (first + kHalf * kGamma));
+  SCRIMP_INLINE Vec next() {
+    const BitsVec a = (BitsVec)mixed(low_), b = (BitsVec)mixed(high_);
+    low_ += kLanes * kGamma;
+    high_ += kLanes * kGamma;
 #if defined(__AVX512F__)
-  const BitsVec high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const BitsVec top = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif defined(__AVX2__)
-  const BitsVec high = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    const BitsVec top = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
-  const BitsVec high = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    const BitsVec top = __builtin_shufflevector(a, b, 1, 3, 5, 7);
 #endif
-  return __builtin_convertvector((IntVec)(high >> 1), Vec) * 0x1p-31f;
-}
+    return __builtin_convertvector((IntVec)(~top >> 1), Vec);
+  }
+
+ private:
+  // The hash but for its last step, which leaves the upper 31 bits as they are.
+  SCRIMP_INLINE static KeyVec mixed(KeyVec value) {
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9;
+    return (value ^ (value >> 27)) * 0x94D049BB133111EB;
+  }
+
+  KeyVec low_, high_;
+};
+
+// What the comparison of a complement's 31 bits with exp(score - bar) is multiplied with.
+constexpr float kUnits = 0x1p31f * kSlack;
 
 // The token of the largest score + noise among those kept; `token` is one of them.
 template <class T>
@@ -179,13 +198,14 @@ int64_t draw(const VqRow& row, const Scores<T>& scores, const Cut& cut, int64_t 
   const auto drawn_by = [&](int64_t v) { return static_cast<double>(scores.one(v)) + gumbel(noise_bits(row.key, v)); };
   double drawn = drawn_by(token);
   int32_t may_win[kBlock];
+  Complements complements(row.key, 0);
   for (int64_t first = 0; first < row.tokens; first += kBlock) {
     const int64_t last = first + kBlock < row.tokens ? first + kBlock : row.tokens;
     const Vec bar = broadcast(nextafterf(static_cast<float>(drawn), -INFINITY));
     IntVec some{};
     for (int64_t v = first; v < last; v += kLanes) {
-      const Vec weight = exp2((scores.lanes(v) - bar) * kLog2E) * kSlack;
-      const IntVec candidates = complements(row.key, v) <= weight;
+      const Vec weight = exp2((scores.lanes(v) - bar) * kLog2E) * kUnits;
+      const IntVec candidates = complements.next() <= weight;
       memcpy(may_win + (v - first), &candidates, sizeof candidates);
       some |= candidates;
     }
@@ -199,41 +219,6 @@ int64_t draw(const VqRow& row, const Scores<T>& scores, const Cut& cut, int64_t 
     }
   }
   return token;
-}
-
-// The first token of the largest score, from the codes alone where their order says it; -1 where it does not: another
-// code may score the same, no token have the best code, or a score be NaN.
-template <class T>
-int64_t first_of_best_code(const VqRow& row, const Scores<T>& scores) {
-  if (row.levels != 1 || row.bias) return -1;
-  Vec high = broadcast(-INFINITY);
-  IntVec nan{};
-  for (int64_t k = 0; k < row.codebook; k += kLanes) {
-    const Vec score = scores.codes(k, row.codebook);
-    nan |= score != score;
-    high = max(score, high);
-  }
-  const float best = highest_lane(high);
-  int32_t code = -1;
-  for (int64_t k = 0; k < row.codebook; k += kLanes) {
-    const IntVec equal = scores.codes(k, row.codebook) == best;
-    if (!any_lane(equal | nan)) continue;
-    for (int i = 0; i < kLanes; ++i) {
-      if (nan[i] || (equal[i] && code >= 0)) return -1;
-      if (equal[i]) code = static_cast<int32_t>(k + i);
-    }
-  }
-  const IntVec wanted = IntVec{} + code;
-  for (int64_t v = 0; code >= 0 && v + kLanes <= row.tokens; v += kLanes) {
-    IntVec found;
-    memcpy(&found, row.codes + v, sizeof found);
-    found = found == wanted;
-    if (!any_lane(found)) continue;
-    int i = 0;
-    while (!found[i]) ++i;
-    return v + i;
-  }
-  return -1;
 }
 
 // The first token of the largest score of all, -1 where there is NaN or nothing above -inf.
@@ -256,19 +241,108 @@ int64_t first_of_best(const VqRow& row, const Scores<T>& scores) {
 }
 
 template <class T>
+Scores<T> scores_of(const VqRow& row) {
+  return {{static_cast<const T*>(row.scores), row.codes, static_cast<const T*>(row.bias), row.levels, row.tokens},
+          row.temperature};
+}
+
+template <class T>
 int64_t sample(const VqRow& row) {
-  const Scores<T> scores{
-      {static_cast<const T*>(row.scores), row.codes, static_cast<const T*>(row.bias), row.levels, row.tokens},
-      row.temperature};
-  int64_t token = first_of_best_code(row, scores);
-  if (token < 0) token = first_of_best(row, scores);
+  const Scores<T> scores = scores_of<T>(row);
+  const int64_t token = first_of_best(row, scores);
   if (token < 0 || row.temperature == 0) return token;
   const float best = scores.one(token);
   return best == INFINITY ? token : draw(row, scores, find_cut(row, scores, best), token);
 }
 
+// ---- tokens that have the score of their code ----
+
+template <class T>
+bool start(const VqRow& row, VqChoice& choice) {
+  const Scores<T> scores = scores_of<T>(row);
+  Vec high = broadcast(-INFINITY);
+  IntVec nan{};
+  for (int64_t k = 0; k < row.codebook; k += kLanes) {
+    Vec score = scores.codes(k, row.codebook);
+    for (int i = 0; row.counts && i < kLanes; ++i)
+      if (k + i < row.codebook && !row.counts[k + i]) score[i] = -INFINITY;
+    nan |= score != score;
+    high = max(score, high);
+  }
+  const float best = highest_lane(high);
+  if (any_lane(nan) || !(__builtin_fabsf(best) < INFINITY)) return false;
+  const Cut cut = row.temperature > 0 ? find_cut(row, scores, best) : Cut{best};
+  choice.low = cut.low;
+  choice.last = cut.last;
+  choice.bar = row.temperature > 0 ? best - kLeastNoise : 0;
+  for (int64_t k = 0; k < row.codebook; k += kLanes) {
+    const Vec score = scores.codes(k, row.codebook);
+    const Vec weight = exp2((score - broadcast(choice.bar)) * kLog2E);
+    store_first(choice.weights + k, score >= cut.low ? weight : broadcast(-1.0f), row.codebook - k);
+  }
+  return true;
+}
+
+// The codes of tokens v, v + 1, ..., those of the last token behind it; one outside the codebook becomes the last one
+// and sets `outside`.
+SCRIMP_INLINE BitsVec codes_of(const VqRow& row, int64_t v, IntVec& outside) {
+  BitsVec code;
+  if (v + kLanes <= row.tokens) {
+    memcpy(&code, row.codes + v, sizeof code);
+  } else {
+    for (int i = 0; i < kLanes; ++i)
+      code[i] = static_cast<uint32_t>(row.codes[v + i < row.tokens ? v + i : row.tokens - 1]);
+  }
+  const BitsVec most = BitsVec{} + static_cast<uint32_t>(row.codebook - 1);
+  outside |= code > most;
+  return code < most ? code : most;
+}
+
+// Adds tokens [first, last) to the best so far; false where a code is outside the codebook.
+template <class T>
+bool add_tokens(const VqRow& row, const VqChoice& choice, int64_t first, int64_t last, VqBest& best) {
+  const Scores<T> scores = scores_of<T>(row);
+  const Cut cut{choice.low, choice.last};
+  const bool greedy = row.temperature == 0;
+  int32_t may_win[kBlock];
+  Complements complements(row.key, first);
+  for (; first < last; first += kBlock) {
+    const int64_t end = first + kBlock < last ? first + kBlock : last;
+    const auto ahead = static_cast<float>(static_cast<double>(choice.bar) - best.value);
+    const Vec units = exp2(broadcast(ahead * kLog2E)) * kUnits;
+    IntVec some{}, outside{};
+    for (int64_t v = first; v < end; v += kLanes) {
+      __builtin_prefetch(row.codes + v + kAhead);
+      const BitsVec code = codes_of(row, v, outside);
+      if (greedy && best.token < v) continue;
+      int32_t index[kLanes];
+      memcpy(index, &code, sizeof code);
+      const Vec weight = gather(static_cast<const float*>(choice.weights), index);
+      const IntVec candidates = greedy ? weight > 0.0f : complements.next() <= weight * units;
+      memcpy(may_win + (v - first), &candidates, sizeof candidates);
+      some |= candidates;
+    }
+    if (any_lane(outside)) return false;
+    for (int64_t v = first; any_lane(some) && v < end; ++v) {
+      if (!may_win[v - first] || !cut.keeps(scores.one(v), v)) continue;
+      const double value = greedy ? 0 : static_cast<double>(scores.one(v)) + gumbel(noise_bits(row.key, v));
+      if (value > best.value || (value == best.value && v < best.token)) best = {value, v};
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int64_t vq_sample(const VqRow& row) { return row.bf16 ? sample<BFloat16>(row) : sample<float>(row); }
+
+bool vq_sample_start(const VqRow& row, VqChoice& choice) {
+  return row.bf16 ? start<BFloat16>(row, choice) : start<float>(row, choice);
+}
+
+bool vq_sample_add(const VqRow& row, const VqChoice& choice, int64_t first, int64_t last, VqBest& best) {
+  return row.bf16 ? add_tokens<BFloat16>(row, choice, first, last, best)
+                  : add_tokens<float>(row, choice, first, last, best);
+}
 
 }  // namespace scrimp::SCRIMP_ISA

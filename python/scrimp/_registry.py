@@ -25,10 +25,14 @@ _library = torch.library.Library("scrimp", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op: its dispatcher handle, its plain-torch reference, its GPU kernels, first the one that runs."""
+    """One registered op: its dispatcher handle, its plain-torch reference, its GPU kernels, first the one that runs.
+
+    `run` is `call` without the detour through Python that refuses gradients, where none are asked for.
+    """
 
     name: str
     call: Callable[..., Any]
+    run: Callable[..., Any]
     reference: Callable[..., Any]
     cuda: Mapping[str, Callable[..., Any]]
 
@@ -98,9 +102,16 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 
+    def run(*args: Any) -> Any:
+        """Past the refusal where nothing records gradients: being asked takes longer than a small kernel."""
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return call(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*args)
+
     _library.impl(name, refuse_gradients, "Autograd")
-    OPS[name] = Op(name, call, reference, _bind_cuda(name, cuda_takes))
-    return call
+    OPS[name] = Op(name, call, run, reference, _bind_cuda(name, cuda_takes))
+    return run
 
 
 def _bind_cuda(name: str, takes: Callable[..., bool] | None) -> dict[str, Callable[..., Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 GROUP = 64  # coordinates that share a step of the hidden state, and a bound
 TILE = 16  # rows of the head that lie interleaved
-LARGEST = 32767  # of the integers that stand for the hidden state's coordinates
+LARGEST = 32767  # of the integers that stand for the hidden state's coordinates; kernels may take coarser ones
 UNIT = 2.0**-24  # of a rounding to fp32
 WIDE, NARROW = 8, 4  # bits
 BLOCK = 8192  # rows built at once

@@ -173,7 +173,7 @@ def _wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 @pytest.mark.parametrize("isa", [name.removeprefix("cpu-") for name in IMPLEMENTATIONS if name.startswith("cpu")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_is_the_ops_one_by_one(isa: str, dtype: str, kind: str, threads: int) -> None:
     """Bitwise, the caches too; with a tree, with and without norms of the heads, and every activation."""
     before = torch.get_num_threads()
@@ -186,6 +186,20 @@ def test_is_the_ops_one_by_one(isa: str, dtype: str, kind: str, threads: int) ->
                     args |= {"windows": [0, 0], "ancestors": torch.tensor([[1, 3, 5, 11, 21]])}
                 for got, expected in zip(run(OP.call, args), run(op_by_op, args), strict=True):
                     assert same_bits(got, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_between_threads_that_wait_ends_them() -> None:
+    """It is raised as it was made, and the threads are there for the next call."""
+    before, args = torch.get_num_threads(), inputs(("dense", "dense"))
+    expected = run(OP.call, args)
+    torch.set_num_threads(3)
+    try:
+        for _ in range(20):
+            with pytest.raises(RuntimeError, match="layer 0 gives 64 numbers for 3 and 2 heads of 8"):
+                OP.call(*(args | {"heads": 3}).values())
+            assert all(map(same_bits, run(OP.call, args), expected))
     finally:
         torch.set_num_threads(before)
 

@@ -74,6 +74,26 @@ def test_is_the_draw_of_generate_from_scattered_logits(name: str, kind: str, dty
             assert token == choose(row, at, Sampling(heat, *FILTERS[filters], seed=own)), filters
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_tokens_and_threads(name: str, threads: int) -> None:
+    """Several blocks of tokens, the last one odd; rows whose best code has no token among rows whose best code has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for kind in ("codes", "residual and bias"):
+            codebook, codes, bias = head(20_011, 60, kind)
+            h = torch.randint(-2, 3, (6, 24)).float()
+            h[2:4] = -torch.arange(24.0)  # the code without tokens scores least, in other rows often best
+            bias = None if bias is None else bias.round()
+            for heat in (0.0, 4.0):
+                for filters in ("none", "all"):
+                    args = (h, codebook.round().clamp(-3, 3), codes, bias, *numbers(6, heat), *FILTERS[filters])
+                    assert torch.equal(IMPLEMENTATIONS[name](*args), OP.reference(*args))
+    finally:
+        torch.set_num_threads(before)
+
+
 def chi_square(seen: Tensor, expected: Tensor) -> float:
     """The survival function of the chi-square test; tokens expected less than five times are pooled."""
     assert not seen[expected == 0].any()
@@ -267,7 +287,14 @@ def test_bad_input(case: str) -> None:
         OP.call(*arguments(**changes))
 
 
+LATE = torch.zeros(20_000, dtype=torch.int32)
+LATE[12_345] = 5
 OUTSIDE = {
+    "code of a later block": ({"codes": LATE, "bias": None}, r"codes\[12345\]=5 is not one of the 5 rows"),
+    "code of a later block, filtered": (
+        {"codes": LATE, "bias": None, "top_k": 3},
+        r"codes\[12345\]=5 is not one of the 5 rows",
+    ),
     "code": ({"codes": torch.tensor([0, 5] + 7 * [0]).int()}, r"codes\[1\]=5 is not one of the 5 rows"),
     "negative code": ({"codes": torch.tensor(8 * [0] + [-1]).int()}, r"codes\[8\]=-1 is not one of the 5 rows"),
     "no codes": ({"codebook": torch.zeros(0, 8)}, r"codes\[0\]=0 is not one of the 0 rows"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_ROWS = 64  # up to so many rows a sparse product reads listed channels alone on a GPU
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -63,3 +64,13 @@ def check_attention(op: str, q: Tensor, keys: Mapping[str, Tensor], beside: Mapp
         raise ValueError(f"{op}: head size D={D} is above 256")
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale={scale} must be finite")
+
+
+def rows_of_16_bytes(*tensors: Tensor) -> bool:
+    """Whether every row of 16-bit numbers is contiguous and begins at a multiple of 16 bytes."""
+    return all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(x.stride(i) % 8 == 0 or x.shape[i] == 1 for i in range(x.dim() - 1))
+        for x in tensors
+    )

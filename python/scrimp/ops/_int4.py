@@ -11,6 +11,12 @@ from ._check import FLOATS, check_dtype, check_same
 MODES = ("exact", "int8")
 
 
+def check_mode(who: str, mode: str) -> None:
+    """Raises ValueError unless a mode is one of MODES."""
+    if mode not in MODES:
+        raise ValueError(f"{who}: mode={mode!r} must be one of {', '.join(MODES)}")
+
+
 def check_numbers(op: str, zero_kind: int, mode: int) -> None:
     """Raises ValueError unless both are indices of their words."""
     for name, value, words in (("zero_kind", zero_kind, ZERO_KINDS), ("mode", mode, MODES)):

@@ -12,6 +12,7 @@ SCHEMA = (
     "(Tensor x, Tensor level, Tensor? scale, Tensor? center, Tensor? whole, int rule, bool common) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+CUDA_CHANNELS = 24 * 1024  # of which CUDA C++ finds the largest
 RULES = ("threshold", "relative", "top_k", "top_p")
 Selected = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -103,7 +104,13 @@ def reference(
     return kept.view(x.shape), index.masked_fill(channels >= count, -1).int(), count, energies.view(*x.shape[:-1], 2)
 
 
-_call = register("channel_select", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(x: Tensor, *args: object) -> bool:
+    """Whether CUDA C++ does a call: 16- or 32-bit floats; where a cut is searched, scores that fit shared memory."""
+    searched = args[4] in (RULES.index("top_k"), RULES.index("top_p"))
+    return x.dtype != torch.float64 and (not searched or x.dim() == 0 or x.shape[-1] <= CUDA_CHANNELS)
+
+
+_call = register("channel_select", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def channel_select(
@@ -143,7 +150,8 @@ def channel_select(
 
     Raises:
         ValueError: a rank, shape, device, dtype or rule that does not fit, a negative or NaN `level`, with the value;
-            on a GPU more than 16,384 channels, by "top_p" more than 8,192; by "threshold" any number is taken.
+            on a GPU by "top_k" and "top_p" more than 24,576 channels; in Triton by "relative", too, more than 16,384,
+            and by "top_p" more than 8,192.
 
     Source: WINA (2505.19427) equation 4, TEAL (2408.14690), centring as SCAP (2412.07174).
 

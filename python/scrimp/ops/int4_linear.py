@@ -9,7 +9,7 @@ from .._registry import register
 from ..int4_weight import Int4Weight
 from ..int4_weight.check import ZERO_KINDS, check_layout
 from ._check import check_same
-from ._int4 import MODES, check_input, check_numbers
+from ._int4 import MODES, check_input, check_mode, check_numbers
 
 SCHEMA = (
     "(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? permutation, Tensor? bias, "
@@ -192,8 +192,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, mo
     >>> scrimp.ops.int4_linear(torch.ones(2, 32), weight).tolist()
     [[32.0, 16.0, 8.0], [32.0, 16.0, 8.0]]
     """
-    if mode not in MODES:
-        raise ValueError(f"int4_linear: mode={mode!r} must be one of {', '.join(MODES)}")
+    check_mode("int4_linear", mode)
     if x.dim() and x.shape[-1] != weight.in_features:
         raise ValueError(f"int4_linear: x has {x.shape[-1]} inputs, but the weight {weight.in_features}")
     zero_kind, which = ZERO_KINDS.index(weight.zero_kind), MODES.index(mode)

@@ -11,8 +11,8 @@ from .._registry import OPS, register
 from ..int4_weight.channels import Int4Channels, unpack_channels
 from ..int4_weight.check import ZERO_KINDS, check_channels
 from ..int4_weight.pack import pack_nibbles
-from ._check import check_dtype, check_same
-from ._int4 import MODES, check_input, check_numbers
+from ._check import GPU_ROWS, check_dtype, check_same
+from ._int4 import MODES, check_input, check_mode, check_numbers
 
 SCHEMA = (
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? permutation, Tensor index, "
@@ -86,7 +86,26 @@ def reference(
     return out
 
 
-_call = register("int4_sparse_linear", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(x: Tensor, codes: Tensor, *rest: Any) -> bool:
+    """Whether CUDA C++ does a call: exact mode, columns as inputs come, in groups of 32 and more, or one group.
+
+    Up to 64 rows their number has no say in it, so that a row's bits do not depend on it. More rows belong to Triton,
+    whose tiles read a weight less often.
+    """
+    permutation, (group_size, _, mode) = rest[3], rest[-3:]
+    return (
+        mode == MODES.index("exact")
+        and permutation is None
+        and x.dtype != torch.float64
+        and x.shape[:-1].numel() <= GPU_ROWS
+        and (group_size % 32 == 0 or group_size == codes.shape[0])
+        and codes.data_ptr() % 16 == 0
+        and codes.dim() == 2
+        and (codes.stride(1), codes.stride(0) % 16) == (1, 0)
+    )
+
+
+_call = register("int4_sparse_linear", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def int4_sparse_linear(
@@ -128,8 +147,7 @@ def int4_sparse_linear(
     >>> scrimp.ops.int4_sparse_linear(torch.ones(1, 16), turned, index, count).tolist()
     [[-6.0, -3.0]]
     """
-    if mode not in MODES:
-        raise ValueError(f"int4_sparse_linear: mode={mode!r} must be one of {', '.join(MODES)}")
+    check_mode("int4_sparse_linear", mode)
     if x.dim() and x.shape[-1] != weight.in_features:
         raise ValueError(f"int4_sparse_linear: x has {x.shape[-1]} inputs, but the weight {weight.in_features}")
     args: tuple[Any, ...] = (x, *weight.tensors().values(), index, count, bias, *weight.numbers(), MODES.index(mode))

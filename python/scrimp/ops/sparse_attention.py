@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._registry import register
-from ._check import check_attention, check_dtype
+from ._check import check_attention, check_dtype, rows_of_16_bytes
 
 if TYPE_CHECKING:
     from ..sparse_plan import SparsePlan
@@ -121,7 +121,15 @@ def reference(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-_call = register("sparse_attention", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(q: Tensor, k: Tensor, v: Tensor, *plan: object) -> bool:
+    """Heads of 64 or 128 numbers in 16 bits, rows at multiples of 16 bytes; and what is to be refused."""
+    if any(x.dim() != 4 for x in (q, k, v)):
+        return True
+    served = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
+    return served and rows_of_16_bytes(q, k, v)
+
+
+_call = register("sparse_attention", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def sparse_attention(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._registry import register
-from ._check import FLOATS, check_dtype, check_same
+from ._check import FLOATS, GPU_ROWS, check_dtype, check_same
 
 SCHEMA = "(Tensor x, Tensor weight, Tensor index, Tensor count, Tensor? bias, Tensor? residual) -> Tensor"
 
@@ -60,7 +60,17 @@ def reference(
     return out if residual is None else out + residual
 
 
-_call = register("sparse_linear", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(x: Tensor, weight: Tensor, *_: object) -> bool:
+    """Whether CUDA C++ does a call: outputs of each channel in whole vectors of 16 bytes, 16- or 32-bit floats.
+
+    Up to 64 rows their number has no say in it, so that a row's bits do not depend on it; more are torch's product.
+    """
+    near = weight.dim() == 2 and weight.data_ptr() % 16 == 0
+    whole = near and all(n * weight.element_size() % 16 == 0 for n in (weight.stride(0), weight.shape[1]))
+    return whole and x.dtype != torch.float64 and x.shape[:-1].numel() <= GPU_ROWS
+
+
+_call = register("sparse_linear", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def sparse_linear(

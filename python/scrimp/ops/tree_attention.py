@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._registry import register
-from ._check import check_attention, check_dtype
+from ._check import check_attention, check_dtype, rows_of_16_bytes
 
 SCHEMA = (
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix, Tensor? ancestors, int window, float scale)"
@@ -109,10 +109,7 @@ def _cuda_takes(
     if any(x.dim() != 4 for x in tensors):
         return True
     served = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128) and window == 0
-    return served and all(
-        x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(x.stride(i) % 8 == 0 or x.shape[i] == 1 for i in range(3))
-        for x in tensors
-    )
+    return served and rows_of_16_bytes(*tensors)
 
 
 _call = register(OP, SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)

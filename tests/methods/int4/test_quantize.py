@@ -231,6 +231,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"calibration": [text()[0]]}, r"calibration\[0\] is torch.int64 \[40\]"),
     "symmetric": ({"method": "hqq", "symmetric": True}, "hqq has floating zeros"),
     "group size": ({"method": "rtn", "group_size": 8}, "group_size=8 must be 16, 32, 64, 128 or -1"),
+    "mode": ({"mode": "int4"}, "mode='int4' must be one of exact, int8"),
     "head": ({"calibration": text(), "skip": ()}, "lm_head lies outside the decoder layers; name it in skip"),
 }
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from ..._registry import OPS
 from ...int4_weight import Int4Weight
 from ...int4_weight.check import ZERO_KINDS
-from ...ops import int4_linear
-from ...ops.int4_linear import MODES
+from ...ops._int4 import MODES, check_mode
 from ..generation.linear import Packed, Part
 
-_int4_linear = OPS["int4_linear"].call
+_int4_linear = OPS["int4_linear"].run
 PARTS = ("qweight", "scales", "zeros", "codebook", "permutation")
 
 
@@ -37,6 +36,7 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None = None, mode: str = "exact") -> None:
         super().__init__()
+        check_mode("Int4Linear", mode)
         self.mode = mode
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
@@ -64,7 +64,7 @@ class Int4Linear(nn.Module):
         self.weight.validate(who)
 
     def forward(self, x: Tensor) -> Tensor:
-        return int4_linear(x, self.weight, self.bias, mode=self.mode)
+        return _int4_linear(x, *_arguments(self))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...int4_weight import Int4Weight
 from ...int4_weight.check import GROUP_SIZES
+from ...ops._int4 import check_mode
 from . import blocks as parts
 from .awq import find_input_scales, find_limits
 from .gptq import Order, gptq
@@ -96,8 +97,8 @@ def quantize(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an unknown method, a missing or misshapen calibration, a model without decoder layers, or a weight
-            that cannot be quantized.
+        ValueError: an unknown method or mode, a missing or misshapen calibration, a model without decoder layers, or a
+            weight that cannot be quantized.
 
     >>> model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 3))
     >>> report = quantize(model, "rtn", progress=False)
@@ -112,6 +113,7 @@ def quantize(
         raise ValueError(f"quantize: group_size={group_size} must be 16, 32, 64, 128 or -1")
     if symmetric and method == "hqq":
         raise ValueError("quantize: hqq has floating zeros; symmetric=True is for rtn, gptq and awq")
+    check_mode("quantize", mode)
     texts = _texts(method, calibration)
     job = _Job(method, group_size, Grid(symmetric, dtype=scale_dtype), order, tuple(skip), mode)
     report = Report(method, group_size)

@@ -14,8 +14,8 @@ from ..generation.huggingface import activation_of
 from ..generation.linear import DenseLinear
 from .linear import RULE, is_prompt
 
-_channel_select = OPS["channel_select"].call
-_linear = OPS["linear"].call
+_channel_select = OPS["channel_select"].run
+_linear = OPS["linear"].run
 
 Activation = Callable[[Tensor], Tensor]
 

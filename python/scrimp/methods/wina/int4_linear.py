@@ -21,7 +21,7 @@ from .certificate import certificate
 from .linear import Selection, is_prompt
 from .usage import Meter
 
-_int4_sparse_linear = OPS["int4_sparse_linear"].call
+_int4_sparse_linear = OPS["int4_sparse_linear"].run
 PARTS = ("codes", "scales", "zeros", "codebook", "permutation")
 
 

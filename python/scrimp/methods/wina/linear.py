@@ -19,9 +19,9 @@ from .usage import Meter
 RULE = RULES.index("relative")
 ALL = -1.0  # a level below every score
 
-_channel_select = OPS["channel_select"].call
-_linear = OPS["linear"].call
-_sparse_linear = OPS["sparse_linear"].call
+_channel_select = OPS["channel_select"].run
+_linear = OPS["linear"].run
+_sparse_linear = OPS["sparse_linear"].run
 
 
 def is_prompt(x: Tensor) -> bool:
