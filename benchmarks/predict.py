@@ -1,6 +1,7 @@
 """`scrimp bench --predict DEVICE OP`: roofline times of a GPU, from the counts of an op's kernels.
 
 `--against NAME` puts somebody else's kernel beside ours. Rows carry `label: predicted`: nothing in them was measured.
+Below them stand figures that others publish of like work (`label: published`); their shapes are named, and not ours.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from types import ModuleType
 
 from . import registry
 from .devices import DEVICES
+from .published import published
 from .results import Row
 from .roofline import ASSUMPTIONS, Count, predict
 
@@ -52,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
         rows = [row for op in asked for row in predicted(op, args.predict, args.case or "")]
     if not rows:
         raise ValueError(f"no case of {', '.join(asked)} has {args.case!r} in its name")
+    rows += [row for op in asked for row in published(op) if (args.case or "") in row["case"]]
     print(f"predicted for {device.name}, nothing is measured")
     print("\n".join(f"- {line}" for line in (*ASSUMPTIONS, _rates(args.predict))))
     for op in asked:
@@ -110,6 +113,8 @@ def row(op: str, device: str, shape: Row, count: Count, dtype: str) -> Row:
 def table(rows: Sequence[Row]) -> list[str]:
     """Lines of text; the tile efficiency is the share of useful among issued FLOPs."""
     columns = dict(COLUMNS)
+    if any(row["label"] == "published" for row in rows):
+        columns |= {"label": "label", "peer": "whose", "figure": "figure"}
     if any("kernel" in row for row in rows):
         columns = {"case": "case", "kernel": "kernel"} | columns
     if any("density" in row for row in rows):
@@ -121,6 +126,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cell(row: Row, name: str) -> str:
+    if row["label"] == "published" and name not in row:
+        return "-"
     if name == "mbytes":
         return f"{row['bytes'] / 1e6:,.1f}"
     if name == "memory_mbytes":

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from scrimp.benchmarks import predict
+from scrimp.benchmarks import predict, published
 from scrimp.benchmarks import roofline as model
 from scrimp.benchmarks.devices import DEVICES, Device
 from scrimp.benchmarks.roofline import Count, CountedCase
@@ -101,6 +101,28 @@ def test_beside_another_kernel(tmp_path: Path) -> None:
 def test_mistakes(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("made_up")
+def test_what_others_publish(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the same table, labelled; filtered by the same words."""
+    theirs = published.Published("Somebody", "kernel: sparse, A10", "2x", "a README")
+    monkeypatch.setitem(published.PUBLISHED, "made_up", (theirs,))
+    file = tmp_path / "rows.json"
+    assert command("made_up", "--predict", "a100", "--json", str(file)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("2x")]
+    assert len(lines) == 1
+    assert lines[0].split()[-3:] == ["published", "Somebody", "2x"]
+    row = json.loads(file.read_text())[-1]
+    assert (row["label"], row["source"], row["case"]) == ("published", "a README", "kernel: sparse, A10")
+    assert command("made_up", "--predict", "a100", "--case", "other", "--json", str(file)) == 0
+    assert [row["label"] for row in json.loads(file.read_text())] == ["predicted"]
+
+
+def test_figures_of_others_are_of_ops_that_are_counted() -> None:
+    assert set(published.PUBLISHED) <= set(predict.ops())
 
 
 @pytest.mark.parametrize("op", predict.ops())

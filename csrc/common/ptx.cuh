@@ -77,6 +77,17 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c [16, 8] += a [16, 32] b [32, 8] in integers, a of bytes without a sign, b of bytes with one. Lane 4 g + q holds,
+// four numbers a register,
+//   a: rows g, g + 8, g, g + 8 at columns 4 q (registers 0, 1) and 4 q + 16 (2, 3);
+//   b: column g at rows 4 q (register 0) and 4 q + 16 (1);
+//   c: row g (numbers 0, 1) and g + 8 (2, 3) at columns 2 q, 2 q + 1.
+__device__ __forceinline__ void multiply_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Two numbers rounded to T in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/check.h"
+#include "common/exact_head.h"
 #include "common/parallel.h"
 #include "common/tensors.h"
 #include "cpu/exact_head.parts.h"
@@ -21,43 +21,17 @@ namespace scrimp {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kMostLogits = 64;  // of k
-constexpr int64_t kGuesses = 2;      // exact logits for each one wanted, to find a threshold
-constexpr int64_t kSegment = 1024;   // tiles that a thread searches at once
+constexpr int64_t kGuesses = 2;     // exact logits for each one wanted, to find a threshold
+constexpr int64_t kSegment = 1024;  // tiles that a thread searches at once
 
 static void check(const Tensor& x, const Head& head) {
   const auto dtype = x.scalar_type();
   SCRIMP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                "exact_head: x must be float32 or bfloat16 on the CPU");
-  SCRIMP_CHECK(head.weight.dim() == 2 && head.weight.size(1) == head.K && head.weight.scalar_type() == dtype,
-               "exact_head: weight has shape ", shape_text(head.weight), ", expected [V, ", head.K,
-               "] in the dtype of x");
-  SCRIMP_CHECK(head.K <= 1 || head.weight.stride(1) == 1,
-               "exact_head: the elements of a row of weight must be adjacent");
-  SCRIMP_CHECK(head.k >= 1 && head.k <= std::min(kMostLogits, head.V), "exact_head: k=", head.k, " must be from 1 to ",
-               kMostLogits, " and at most the ", head.V, " rows of the head");
-  SCRIMP_CHECK(head.V <= std::numeric_limits<int32_t>::max(), "exact_head: ", head.V, " rows are too many");
-  SCRIMP_CHECK(head.wide >= 0 && head.wide <= head.groups, "exact_head: wide=", head.wide, " must be from 0 to ",
-               head.groups);
-  SCRIMP_CHECK(std::isfinite(head.slack) && head.slack >= 0, "exact_head: slack=", head.slack, " must be finite");
-  SCRIMP_CHECK(head.codes.dim() == 2 && head.codes.size(0) == head.tiles && head.codes.size(1) == head.tile_bytes() &&
-                   head.codes.scalar_type() == ScalarType::Byte,
-               "exact_head: codes has shape ", shape_text(head.codes), ", expected uint8 [", head.tiles, ", ",
-               head.tile_bytes(), "]");
-  for (const auto& [name, tensor, size] : {std::tuple{"scales", &head.scales, head.tiles * kScreenTile},
-                                           {"error", &head.error, head.groups},
-                                           {"norm", &head.norm, head.groups}})
-    SCRIMP_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->scalar_type() == ScalarType::Float,
-                 "exact_head: ", name, " has shape ", shape_text(*tensor), ", expected float32 [", size, "]");
-  if (head.basis)
-    SCRIMP_CHECK(head.basis->dim() == 2 && head.basis->size(0) == head.width() && head.basis->size(1) == head.K &&
-                     head.basis->scalar_type() == ScalarType::Float && head.basis->is_contiguous(),
-                 "exact_head: basis has shape ", shape_text(*head.basis), ", expected contiguous float32 [",
-                 head.width(), ", ", head.K, "]");
+  check_exact_head(x, head.weight, head.codes, head.scales, head.basis, head.error, head.norm, head.slack, head.wide,
+                   head.k);
   for (const Tensor* tensor : {&x, &head.weight, &head.codes, &head.scales, &head.error, &head.norm})
     SCRIMP_CHECK(tensor->is_cpu(), "exact_head: all tensors must be on the CPU");
-  for (const Tensor* tensor : {&head.codes, &head.scales, &head.error, &head.norm})
-    SCRIMP_CHECK(tensor->is_contiguous(), "exact_head: the screen's tensors must be contiguous");
 }
 
 // Of a row of the head; or a tile's best upper end, with the number of the tile.

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common/code_scores.h"
+#include "common/call_linear.h"
 #include "common/vq_head.h"
 #include "cuda/vq_logits.cuh"
 
@@ -57,7 +57,7 @@ static Tensor run(const Tensor& h, const Tensor& codebook, const Tensor& codes_a
   const Tensor logits = torch::stable::new_empty(h, shape);
   if (logits.numel() == 0) return logits;
   if (codebook.size(0) == 0) return torch::stable::fill_(logits, NAN);
-  const Tensor scores = code_scores(h, codebook);
+  const Tensor scores = call_linear(h, codebook);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const Arguments p = {.tokens = {.codes = static_cast<const int32_t*>(codes.data_ptr()),

@@ -8,7 +8,7 @@
 #include <bit>
 #include <cmath>
 
-#include "common/code_scores.h"
+#include "common/call_linear.h"
 #include "common/vq_head.h"
 #include "common/vq_sample.h"
 #include "cuda/vq_sample.cuh"
@@ -75,7 +75,7 @@ static Tensor run(const Tensor& h, const Tensor& codebook, const Tensor& codes_a
   const Tensor codes = as_contiguous(codes_any), bias = as_contiguous(bias_any.value_or(codes));
   const Tensor temperature = as_contiguous(temperature_any);
   const Tensor seed = as_contiguous(seed_any), position = as_contiguous(position_any);
-  const Tensor scores = code_scores(h, codebook);
+  const Tensor scores = call_linear(h, codebook);
   const int64_t chunks = (V + kSpan - 1) / kSpan;
   SCRIMP_CHECK(M * chunks <= INT32_MAX, "vq_sample: ", M, " rows of ", V, " tokens are ", M * chunks,
                " blocks; one launch has at most ", INT32_MAX);

@@ -52,6 +52,21 @@ __global__ void products(const uint16_t* a, const uint16_t* b, float* c) {
 template __global__ void products<__half>(const uint16_t*, const uint16_t*, float*);
 template __global__ void products<__nv_bfloat16>(const uint16_t*, const uint16_t*, float*);
 
+// c [16, 8] += a [16, 32] b [32, 8] of bytes, all row by row.
+extern "C" __global__ void byte_products(const uint8_t* a, const uint8_t* b, int* c) {
+  const int g = threadIdx.x / 4, q = threadIdx.x % 4;
+  uint32_t fa[4] = {}, fb[2] = {};
+  for (int i = 0; i < 16; ++i) {
+    const int r = i / 4, byte = i % 4;
+    fa[r] |= static_cast<uint32_t>(a[(g + r % 2 * 8) * 32 + 4 * q + r / 2 * 16 + byte]) << 8 * byte;
+    if (r < 2) fb[r] |= static_cast<uint32_t>(b[(4 * q + 16 * r + byte) * 8 + g]) << 8 * byte;
+  }
+  int sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * q + i % 2];
+  ptx::multiply_bytes(sums, fa, fb[0], fb[1]);
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = sums[i];
+}
+
 // Words of one lane each, masked and joined with bits.
 extern "C" __global__ void masks(const uint32_t* words, uint32_t* out, uint32_t mask, uint32_t bits) {
   out[threadIdx.x] = ptx::and_or(words[threadIdx.x], mask, bits);

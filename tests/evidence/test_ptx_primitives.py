@@ -59,6 +59,16 @@ def test_products(module: ptx.Module, name: str) -> None:
     torch.testing.assert_close(c, expected, rtol=2e-7, atol=1e-7)
 
 
+def test_products_of_bytes(module: ptx.Module) -> None:
+    """a has no sign, b has one; sums are exact."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (16, 32)), rng.integers(-128, 128, (32, 8))
+    c = rng.integers(-1000, 1000, (16, 8)).astype(np.int32)
+    expected = a @ b + c
+    module.launch("byte_products", 1, 32, {"a": a.astype(np.uint8), "b": b.astype(np.int8).view(np.uint8), "c": c})
+    np.testing.assert_array_equal(c, expected)
+
+
 def test_masks(module: ptx.Module) -> None:
     of, out = words(32), np.zeros(32, np.uint32)
     module.launch("masks", 1, 32, {"words": of, "out": out, "mask": 0x00F0000F, "bits": 0x64006401})

@@ -80,7 +80,18 @@ def reference(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor,
     return values[..., :k].contiguous(), ids[..., :k].contiguous(), scored
 
 
-_call = register("exact_head", SCHEMA, fake=_fake, reference=reference)
+def _cuda_takes(x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, *_: object) -> bool:
+    """Whether CUDA C++ does a call: numbers in 16 bits, rows of whole vectors of 16 bytes, tensor cores of sm_8x.
+
+    From sm_90 on `linear` in Triton multiplies by other instructions, whose bits only `exact_head` in Triton gives.
+    """
+    whole = x.shape[-1:] > (0,) and x.shape[-1] % 8 == 0 and weight.dim() == 2 and weight.stride(0) % 8 == 0
+    near = whole and all(tensor.data_ptr() % 16 == 0 for tensor in (weight, codes, scales))
+    same = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] == 8
+    return near and same and x.dtype in (torch.float16, torch.bfloat16)
+
+
+_call = register("exact_head", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
 
 
 def exact_head(x: Tensor, weight: Tensor, screen: HeadScreen, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:

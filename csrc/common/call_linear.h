@@ -1,4 +1,4 @@
-// vq_logits, vq_sample on CUDA: the scores of the codes by another op.
+// The op `linear`, called by launchers of other ops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,10 +10,10 @@
 
 namespace scrimp::cuda {
 
-// h codebook^T [.., K] by the op `linear`, with all that it promises.
-inline Tensor code_scores(const Tensor& h, const Tensor& codebook) {
+// x weight^T by the op `linear`, with all that it promises.
+inline Tensor call_linear(const Tensor& x, const Tensor& weight) {
   using torch::stable::detail::from;
-  StableIValue stack[] = {from(h), from(std::vector<Tensor>{codebook}), from(std::vector<std::optional<Tensor>>{}),
+  StableIValue stack[] = {from(x), from(std::vector<Tensor>{weight}), from(std::vector<std::optional<Tensor>>{}),
                           from(std::optional<Tensor>{})};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("scrimp::linear", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
