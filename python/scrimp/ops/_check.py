@@ -66,6 +66,11 @@ def check_attention(op: str, q: Tensor, keys: Mapping[str, Tensor], beside: Mapp
         raise ValueError(f"{op}: scale={scale} must be finite")
 
 
+def before_sm_90(x: Tensor) -> bool:
+    """False on GPUs with wgmma, which Triton's kernels use and those in CUDA C++ do not."""
+    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] < 9
+
+
 def rows_of_16_bytes(*tensors: Tensor) -> bool:
     """Whether every row of 16-bit numbers is contiguous and begins at a multiple of 16 bytes."""
     return all(

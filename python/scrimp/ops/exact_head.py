@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._registry import register
 from ..head_screen import GROUP, TILE, HeadScreen, tile_bytes
-from ._check import check_dtype, check_same
+from ._check import before_sm_90, check_dtype, check_same
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor codes, Tensor scales, Tensor? basis, Tensor error, Tensor norm, float slack, "
@@ -87,8 +87,7 @@ def _cuda_takes(x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, *_: ob
     """
     whole = x.shape[-1:] > (0,) and x.shape[-1] % 8 == 0 and weight.dim() == 2 and weight.stride(0) % 8 == 0
     near = whole and all(tensor.data_ptr() % 16 == 0 for tensor in (weight, codes, scales))
-    same = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] == 8
-    return near and same and x.dtype in (torch.float16, torch.bfloat16)
+    return near and before_sm_90(x) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 _call = register("exact_head", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._registry import register
-from ._check import check_attention, check_dtype, rows_of_16_bytes
+from ._check import before_sm_90, check_attention, check_dtype, rows_of_16_bytes
 
 if TYPE_CHECKING:
     from ..sparse_plan import SparsePlan
@@ -122,11 +122,11 @@ def reference(
 
 
 def _cuda_takes(q: Tensor, k: Tensor, v: Tensor, *plan: object) -> bool:
-    """Heads of 64 or 128 numbers in 16 bits, rows at multiples of 16 bytes; and what is to be refused."""
+    """Heads of 64 or 128 numbers in 16 bits, rows at multiples of 16 bytes, before sm_90; and what is to be refused."""
     if any(x.dim() != 4 for x in (q, k, v)):
         return True
     served = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
-    return served and rows_of_16_bytes(q, k, v)
+    return served and before_sm_90(q) and rows_of_16_bytes(q, k, v)
 
 
 _call = register("sparse_attention", SCHEMA, fake=_fake, reference=reference, cuda_takes=_cuda_takes)
