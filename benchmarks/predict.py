@@ -75,11 +75,14 @@ def _rates(name: str) -> str:
 
 
 def predicted(op: str, device: str, text: str = "") -> list[Row]:
-    """One row per case whose name contains `text`."""
+    """One row per case whose name contains `text`, two where there are kernels in Triton and in CUDA C++."""
     rows = []
     for case in cost_file(op).cases():
         if text in f"{case.name}-{case.dtype}":
             shape = dict(case.fields) | {"case": case.name, "dtype": case.dtype}
+            if case.cuda:
+                rows.append(row(op, device, shape | {"kernel": "CUDA C++"}, case.cuda(), case.dtype))
+                shape["kernel"] = "Triton"
             rows.append(row(op, device, shape, case.count(), case.dtype))
     return rows
 
