@@ -55,7 +55,7 @@ def count_cuda(x: Tensor, codebook: Tensor, bias: Tensor | None, k: int, euclide
     keys, results = 8 * M * G * parts * k, rows + 8 * M * G * k
     return Count(
         bytes=norms + tiles * rows + blocks * (codes + 4 * added) + 2 * keys + k * rows + results,
-        unique_bytes=rows + codes + added * (1 if bias is None or not euclidean else 2) + keys + results,
+        unique_bytes=norms + rows + codes + added + 2 * keys + results,
         flops_issued=2 * BLOCK**3 * G * blocks * tiles * cdiv(D, BLOCK),
         flops_useful=2 * M * G * C * D,
         resident_bytes=rows + codes,

@@ -69,7 +69,7 @@ def count_cuda(*flat: Any) -> Count:
     of_tile = listed * width + groups * N * of_group + down * (list_bytes(index, listed, K) + chunks * size(codebook))
     return Count(
         bytes=across * of_tile + down * inputs + 2 * sums + out + M * size(bias),
-        unique_bytes=listed * (width + 4) + 4 + size(scales, zeros, codebook, bias) + inputs + sums + out,
+        unique_bytes=listed * (width + 4) + 4 + size(scales, zeros, codebook, bias) + inputs + 2 * sums + out,
         resident_bytes=inputs + sums + 4 * listed,  # tiles of rows that share codes run at the same time
     )
 

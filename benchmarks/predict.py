@@ -60,6 +60,8 @@ def main(args: argparse.Namespace) -> int:
     for op in asked:
         print(f"\n{op}")
         print("\n".join(table([row for row in rows if row["op"] == op])))
+        if not published(op):
+            print("no figure that others publish of like work is known to us")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0

@@ -71,7 +71,7 @@ def count_cuda(
     sums = chunk_sums(M, N, K)
     return Count(
         bytes=across * (weights + down * list_bytes(index, listed, K)) + down * inputs + 2 * sums + ends,
-        unique_bytes=weights + inputs + 4 * listed + 4 + sums + ends - (0 if bias is None else (M - 1) * N * size),
+        unique_bytes=weights + inputs + 4 * listed + 4 + 2 * sums + ends - (0 if bias is None else (M - 1) * N * size),
         resident_bytes=inputs + sums + 4 * listed,  # tiles of rows that share weights run at the same time
     )
 
