@@ -24,7 +24,8 @@ static void launch(Arguments p, cudaStream_t stream) {
   p.chunk = static_cast<int>(p.groups_of_block ? std::min<int64_t>(Tile::kGroups / p.groups_of_block, all) : all);
   p.chunk_groups = p.groups_of_block ? static_cast<uint32_t>(p.chunk * p.groups_of_block) : 1;
   p.tiles = (p.M + 8 * Tile::kTokens - 1) / (8 * Tile::kTokens);
-  const int64_t grid = (static_cast<int64_t>(p.N) + Tile::kOutputs - 1) / Tile::kOutputs * p.tiles;
+  constexpr int64_t kEach = kOutputs<Form, Tile>;
+  const int64_t grid = (p.N + kEach - 1) / kEach * p.tiles;
   SCRIMP_CHECK(grid <= INT32_MAX, "int4_linear: ", p.M, " rows and ", p.N, " outputs are ", grid,
                " tiles; one launch has at most ", INT32_MAX);
   constexpr int kBytes = kShared<Form, Tile>;

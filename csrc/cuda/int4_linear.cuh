@@ -6,6 +6,9 @@
 // too, column i beside column 4 + i. So nothing is shuffled beforehand, and groups of 32 columns and more are sums of
 // whole products: D is exact in the codes, and scale and zero meet it in fp32.
 //
+// Where codes have zeros, the last of the 16, 32 or 64 lines of a tile is no output but ones: its product is the sum of
+// the inputs, which zeros multiply. A product for the sum alone would cost as much as 16 lines.
+//
 // Each of the four warps takes every fourth block of 128 columns, through a ring of its own that asynchronous copies
 // fill: the loop has no barrier. The four sums are added at the end in one order. A row's bits depend neither on the
 // tile nor on the other rows, for every tile does the same operations in the same order for it.
@@ -50,15 +53,15 @@ struct Arguments {
   bool byte_zeros;
 };
 
-// 16 kRows_ outputs by 8 kTokens_ rows of x. Codes are asked for kStages_ - 1 blocks ahead, x for kAhead_ times 32
-// columns; kGroups_ scales of an output are in shared memory at a time.
+// 16 kRows_ lines of codes by 8 kTokens_ rows of x. Codes are asked for kStages_ - 1 blocks ahead, x for kAhead_ times
+// 32 columns; kGroups_ scales of a line are in shared memory at a time.
 template <int kRows_, int kTokens_, int kStages_, int kAhead_, int kGroups_, int kResident_>
 struct Tile {
   static constexpr int kRows = kRows_, kTokens = kTokens_, kStages = kStages_, kAhead = kAhead_, kResident = kResident_;
-  static constexpr int kOutputs = 16 * kRows, kStageBytes = kOutputs * kBlockBytes;
+  static constexpr int kLines = 16 * kRows, kStageBytes = kLines * kBlockBytes;
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
   static constexpr int kGroups = kGroups_, kPitch = kGroups + 1;  // of scales: rows begin in different banks
-  static constexpr int kSumPitch = kOutputs + 4;                  // of sums: rows of x 2 apart are 8 banks apart
+  static constexpr int kSumPitch = kLines + 4;                    // of sums: rows of x 2 apart are 8 banks apart
   static_assert(kWarps * 8 * kTokens * kSumPitch * 4 <= kRingBytes, "the sums take the ring's place");
 };
 
@@ -117,6 +120,10 @@ __device__ inline float number(const void* from, int64_t at, FloatType type) {
   return __half2float(static_cast<const __half*>(from)[at]);
 }
 
+// Outputs of a tile: its lines, but for the ones.
+template <class Form, class Tile>
+constexpr int kOutputs = Tile::kLines - std::is_same_v<Form, Zeros>;
+
 // A group's scale s, and with zeros what multiplies the sum of its inputs, too:
 // (q - z) s = (q - 8) s + (8 - z) s, and q s + z = (q - 8) s + (8 s + z).
 template <class Form>
@@ -134,9 +141,9 @@ __device__ inline void load_scale(const Arguments& p, int64_t at, float2& to) {
 __device__ inline float scale_of(float scale) { return scale; }
 __device__ inline float scale_of(float2 scale) { return scale.x; }
 
-// Bytes of shared memory: the ring, then scales [outputs][kPitch].
+// Bytes of shared memory: the ring, then scales [kLines][kPitch].
 template <class Form, class Tile>
-constexpr int kShared = Tile::kRingBytes + Tile::kOutputs * Tile::kPitch * static_cast<int>(sizeof(Scale<Form>));
+constexpr int kShared = Tile::kRingBytes + Tile::kLines * Tile::kPitch * static_cast<int>(sizeof(Scale<Form>));
 
 // Launched with tiles of outputs x p.tiles blocks.
 template <class T, class Form, class Tile>
@@ -146,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const scales = reinterpret_cast<Scale<Form>*>(memory + Tile::kRingBytes);
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
-  const int first_n = blockIdx.x / p.tiles * Tile::kOutputs, first_m = blockIdx.x % p.tiles * 8 * kTokens;
+  const int first_n = blockIdx.x / p.tiles * kOutputs<Form, Tile>, first_m = blockIdx.x % p.tiles * 8 * kTokens;
+  const int end_n = min(first_n + kOutputs<Form, Tile>, p.N);
   const int tokens = min(8 * kTokens, p.M - first_m);
   const int blocks = (p.K + kBlock - 1) / kBlock, bytes_of_row = p.K / 2;
   const int swizzle = row / 2;  // the four pieces of a row of codes change places, so that 8 rows meet in no bank
@@ -158,10 +166,10 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
   int columns_left = p.K - warp * kBlock - 32 * part;
   const auto request = [&](int stage) {
 #pragma unroll
-    for (int i = 0; i < Tile::kOutputs / 8; ++i)
+    for (int i = 0; i < Tile::kLines / 8; ++i)
       ptx::copy_async(ring + stage * Tile::kStageBytes + 8 * i * kBlockBytes + 16 * (part ^ swizzle),
                       from + static_cast<int64_t>(i) * 8 * bytes_of_row,
-                      columns_left > 0 && first_n + row + 8 * i < p.N);
+                      columns_left > 0 && first_n + row + 8 * i < end_n);
     ptx::commit_copies();
     from += kTurn / 2;
     columns_left -= kTurn;
@@ -190,10 +198,10 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
     const int first_group = first * p.groups_of_block;
     __syncthreads();
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < Tile::kOutputs * p.chunk_groups; i += kThreads) {
+    for (uint32_t i = threadIdx.x; i < Tile::kLines * p.chunk_groups; i += kThreads) {
       const int n = i / p.chunk_groups, group = i % p.chunk_groups;
       Scale<Form> scale = {};
-      if (first_n + n < p.N && first_group + group < p.groups)
+      if (first_n + n < end_n && first_group + group < p.groups)
         load_scale(p, static_cast<int64_t>(first_n + n) * p.groups + first_group + group, scale);
       scales[n * Tile::kPitch + group] = scale;
     }
@@ -208,13 +216,16 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
       stage = stage + 1 == kStages ? 0 : stage + 1;
       const Scale<Form>* scale_row = block_scales;
       block_scales += kWarps * p.groups_of_block;
-      float d[kRows][kTokens][4] = {}, sum_x[kTokens][4] = {};  // of a group: codes times inputs, and inputs
+      float d[kRows][kTokens][4] = {};  // of a group: codes times inputs
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         uint32_t words[kRows][2];
 #pragma unroll
         for (int i = 0; i < 2 * kRows; ++i)
           words[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(now + 8 * i * kBlockBytes + 16 * (j ^ swizzle));
+        if constexpr (std::is_same_v<Form, Zeros>) {
+          if (row == 7) words[kRows - 1][1] = 0x99999999;  // ones
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t a[kRows][4];
@@ -228,28 +239,27 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
             const uint32_t b0 = __byte_perm(low, high, 0x5410), b1 = __byte_perm(low, high, 0x7632);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) ptx::multiply<T>(d[r][i], a[r], b0, b1);
-            if constexpr (std::is_same_v<Form, Zeros>) {
-              constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
-              const uint32_t all[4] = {kOne, kOne, kOne, kOne};
-              ptx::multiply<T>(sum_x[i], all, b0, b1);
-            }
           }
         }
         load_inputs(inputs[j % kAhead], (j + kAhead) / 4 * kTurn + (j + kAhead) % 4 * 32);
         if (j < 3 && ((j + 1) & p.last_word)) continue;
+        float sum_x[2 * kTokens];
+        if constexpr (std::is_same_v<Form, Zeros>) {
+#pragma unroll
+          for (int k = 0; k < 2 * kTokens; ++k)
+            sum_x[k] = __shfl_sync(~0u, d[kRows - 1][k / 2][2 + k % 2], 4 * 7 + part);
+        }
 #pragma unroll
         for (int i = 0; i < 2 * kRows; ++i) {
           const Scale<Form> scale = scale_row[8 * i * Tile::kPitch];
 #pragma unroll
           for (int k = 0; k < 2 * kTokens; ++k) {
             float &sum = total[i / 2][k / 2][i % 2 * 2 + k % 2], &product = d[i / 2][k / 2][i % 2 * 2 + k % 2];
-            if constexpr (std::is_same_v<Form, Zeros>) sum = fmaf(sum_x[k / 2][k % 2], scale.y, sum);
+            if constexpr (std::is_same_v<Form, Zeros>) sum = fmaf(sum_x[k], scale.y, sum);
             sum = fmaf(product, scale_of(scale), sum);
             product = 0.0f;
           }
         }
-#pragma unroll
-        for (int i = 0; i < 4 * kTokens; ++i) sum_x[i / 4][i % 4] = 0.0f;
         ++scale_row;
       }
       x += kTurn;
@@ -267,9 +277,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
   }
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < tokens * Tile::kOutputs; i += kThreads) {
-    const int n = i % Tile::kOutputs, m = i / Tile::kOutputs;
-    if (first_n + n >= p.N) continue;
+  for (uint32_t i = threadIdx.x; i < tokens * Tile::kLines; i += kThreads) {
+    const int n = i % Tile::kLines, m = i / Tile::kLines;
+    if (first_n + n >= end_n) continue;
     constexpr int kNext = 8 * kTokens * Tile::kSumPitch;
     const float* const sum = sums + m * Tile::kSumPitch + n;
     float y = (sum[0] + sum[kNext]) + (sum[2 * kNext] + sum[3 * kNext]);

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from cuda_device import call
-from cuda_subjects.int4_linear import BRAIN, CASES, HALF, SIXTEEN, check, make
-from scrimp.benchmarks.int4_linear_cost import AGAINST, cuda_count
+from cuda_subjects.int4_linear import BRAIN, BYTES, CASES, HALF, SIXTEEN, check, make
+from scrimp.benchmarks.int4_linear_cost import AGAINST, cuda_count, shaped
 
 from scrimp.ops.int4_linear import _cuda_takes
 
@@ -15,6 +15,7 @@ ROWS = (1, 4, 5, 8, 9, 16, 17, 33, 64)  # on both sides of every change of tile
 FORMS = {
     "none8": ((576, 64), "none8", BRAIN),
     "offset": ((352, 32), "offset", HALF),
+    "uint8": ((384, 128), "uint8", BRAIN),
     "codebook": ((640, 128), "codebook8", BRAIN),
 }
 
@@ -63,9 +64,27 @@ def test_formula(name: str) -> None:
     assert formula.flops_issued == products
 
 
-def test_products_at_sixteen_rows() -> None:
-    """No more than 15 % of what is multiplied is padding."""
-    formula = cuda_count(*CASES[SIXTEEN]())
+# Outputs: lines of the tile for 16 rows of x, and tiles where one of these lines is ones.
+OUTPUTS = {1024: (32, 34), 4096: (32, 133), 5120: (32, 166), 8192: (64, 131), 14336: (64, 228), 28672: (64, 456)}
+
+
+@pytest.mark.parametrize("N", OUTPUTS)
+def test_products_at_sixteen_rows(N: int) -> None:
+    """Codes without zeros are multiplied once, no more; ones are one line of a tile, whatever the zeros."""
+    lines, tiles = OUTPUTS[N]
+    x, qweight, scales, _, *rest = shaped(16, N, 4096)
+    plain = cuda_count(x, qweight, scales, None, *rest)
+    assert plain.flops_issued == plain.flops_useful
+    for zeros in (torch.empty_like(scales), torch.empty_like(scales, dtype=torch.uint8)):
+        found = cuda_count(x, qweight, scales, zeros, *rest)
+        assert found.flops_issued * N == found.flops_useful * lines * tiles
+        assert found.flops_issued <= 1.07 * found.flops_useful
+
+
+@pytest.mark.parametrize("name", [SIXTEEN, BYTES])
+def test_products_that_were_executed(name: str) -> None:
+    """No more than 15 % of what is multiplied is padding; `test_formula` counts them."""
+    formula = cuda_count(*CASES[name]())
     assert formula.flops_issued <= 1.15 * formula.flops_useful
 
 

@@ -18,6 +18,7 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 # (inputs, group size): blocks of 128 that leave some warps none, part of a block, one group a row
 FORMS = [(352, 32), (576, 64), (640, 128), (160, 160)]
 ALONE, SIXTEEN, LONG, BOOK = "alone", "sixteen rows", "scales that come in parts", "codebook"
+BYTES, OFFSET = "zeros of all bytes", "three dimensions"
 
 
 def make(rows: int, outputs: int, form: tuple[int, int], kind: str, dtype: torch.dtype, scales: torch.dtype,
@@ -43,6 +44,7 @@ def cases() -> dict[str, Case]:
     return found | {
         ALONE: functools.partial(make, 1, 64, (2048, 128), "none8", BRAIN, HALF, False),
         SIXTEEN: functools.partial(make, 16, 64, (1024, 128), "none8", HALF, HALF, False),
+        BYTES: all_bytes,
         LONG: functools.partial(make, 9, 40, (2208, 32), "float", BRAIN, HALF, True),
         BOOK: functools.partial(make, 9, 40, (512, 64), "codebook8", BRAIN, HALF, False),
         "parts, few rows": functools.partial(make, 2, 24, (4224, 32), "none8", HALF, BRAIN, False),
@@ -52,10 +54,17 @@ def cases() -> dict[str, Case]:
         "rows far apart": lambda: changed(plain(5, 19, kind="none8"), lambda x: torch.cat((x, x), 1)[:, :256]),
         "rows off the grid": lambda: changed(plain(5, 19, kind="none8"), lambda x: torch.cat((x, x), 1)[:, 1:257]),
         "columns apart": lambda: changed(plain(5, 19, kind="uint8"), lambda x: x.T.contiguous().T),
-        "three dimensions": lambda: changed(plain(6, 19, kind="offset"), lambda x: x.view(2, 3, 256)),
+        OFFSET: lambda: changed(plain(6, 19, kind="offset"), lambda x: x.view(2, 3, 256)),
         "permuted": functools.partial(permuted, 3),
         "one dimension": lambda: changed(make(1, 19, (256, 64), "codebook8", BRAIN, HALF, False), lambda x: x[0]),
     }  # fmt: skip
+
+
+def all_bytes() -> Flat:
+    """Sixteen rows, two tiles of outputs, zeros from 0 to 255."""
+    x, qweight, scales, zeros, *rest = make(16, 62, (1024, 128), "uint8", BRAIN, HALF, False)
+    every = torch.arange(zeros.numel()).mul(255).div(zeros.numel() - 1, rounding_mode="trunc")
+    return (x, qweight, scales, every.to(torch.uint8).view_as(zeros), *rest)
 
 
 def wide(kind: str, dtype: torch.dtype) -> Flat:
@@ -112,6 +121,7 @@ NAME = "int4_linear_kernel<{}, scrimp::cuda::int4_linear::{}, scrimp::cuda::int4
 line = functools.partial(at_line, ROOT / "csrc" / "cuda" / "int4_linear.cuh")
 RACE, OUT = ("race", "async_race", "uninitialised", "value"), "out_of_bounds"
 OPERAND_A = r"(mma\.sync\S+ \{[^}]*\}, \{)(%r\d+),(%r\d+)"
+TWO_SHUFFLES = r"(shfl\.sync\.idx\S+\s+\S+ (%r\d+),(?:(?!shfl)[\s\S])*shfl\.sync\.idx\S+\s+\S+ )%r\d+"
 OPERAND_B = r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, \{)(%r\d+),(%r\d+)"
 
 
@@ -145,12 +155,38 @@ MUTANTS = {
     "sign of a zero": planted(
         line("to = {s, p.kind", r"sub\.f32(\s+%f\d+), (%f\d+), (%f\d+);", None, r"sub.f32\1, \3, \2;"), "value"
     ),
+    "ones are twos": planted(nth(r"-1717986919", 0, "-1431655766"), "value"),
+    "ones in another row": planted(nth(r"(setp\.eq\.s32\s+%p\d+, %r\d+), 28;", 0, r"\1, 24;"), "value"),
+    "sums from another row": planted(nth(r"(or\.b32\s+%r\d+, %r\d+), 28;", 0, r"\1, 24;"), "value"),
+    "sums of other rows of x": planted(nth(r"or\.b32(\s+%r\d+), %r\d+, 28;", 0, r"mov.b32\1, 28;"), "value"),
+    "sum of the row of x before": planted(nth(TWO_SHUFFLES, 0, r"\1\2"), "value"),
+    "zeros times themselves": planted(
+        line("fmaf(sum_x[k], scale.y, sum)", r"fma\.rn\.f32(\s+%f\d+), %f\d+, (%f\d+)", 0, r"fma.rn.f32\1, \2, \2"),
+        "value",
+    ),
+    "a sum without its zero": planted(
+        line("fmaf(sum_x[k], scale.y, sum)", r"fma\.rn\.f32(\s+%f\d+), [^;]*, (%f\d+);", 1, r"mov.f32\1, \2;"), "value"
+    ),
+    "tiles with ones for an output": planted(nth(r"(mul\.lo\.s32\s+%r\d+, %r\d+), 31;", 0, r"\1, 32;"), "value"),
+    "tiles of an output less": planted(
+        line("const int end_n = min", r"(add\.s32\s+%r\d+, %r\d+), 31;", 0, r"\1, 30;"), "value"
+    ),
+    "zero of the next group": planted(
+        line("const float z = p.byte_zeros", r"(ld\.global\.u8[^;]*)\];", None, r"\1+1];"), "value", OUT, case=BYTES
+    ),
+    "9 less a zero": planted(line("to = {s, p.kind", r"0f41000000(;\s+sub)", None, r"0f41100000\1"), "value"),
+    "offset of 7": Mutant(
+        NAME.format("__half", "Zeros", "Some"),
+        line("to = {s, p.kind", r"0f41000000(;\s+fma)", None, r"0f40E00000\1"),
+        frozenset({"value"}),
+        case=OFFSET,
+    ),
     "a warp's sum twice": planted(
         line("float y = (sum[0]", r"add\.f32(\s+%f\d+), (%f\d+), %f\d+;", 0, r"add.f32\1, \2, \2;"), "value"
     ),
     "no bias": planted(line("if (p.bias) y +=", r"add\.f32(\s+%f\d+), (%f\d+), %f\d+;", 0, r"mov.f32\1, \2;"), "value"),
-    "results behind the last": planted(line("if (first_n + n >= p.N)", r"setp\.ge", 0, "setp.gt"), "value", OUT),
-    "rows behind the last": planted(line("i < tokens * Tile::kOutputs", r"setp\.lt", -1, "setp.le"), OUT),
+    "results behind the last": planted(line("if (first_n + n >= end_n)", r"setp\.ge", 0, "setp.gt"), "value", OUT),
+    "rows behind the last": planted(line("i < tokens * Tile::kLines", r"setp\.lt", -1, "setp.le"), OUT),
     "entry of another code": planted(
         nth(r"(shr\.u32\s+%r\d+, %r\d+), 16;", 0, r"\1, 12;"), "value", case=BOOK, form="Codebook"
     ),
