@@ -117,9 +117,13 @@ MUTANTS = {
         line("const int d = g", r"selp\.b32(\s+%r\d+), (%r\d+), (%r\d+),", 0, r"selp.b32\1, \3, \2,"), "value"
     ),
     "inputs past the end": state(line("d >= p.D ? 0.0f", r"setp\.ge\.s32", None, "setp.gt.s32"), *WRONG),
-    "squares past the end": state(line("squares += static_cast", r"setp\.lt\.s32", 0, "setp.le.s32"), *WRONG),
+    "squares past the end": state(line("exists && i < p.K", r"setp\.ge\.s32", 0, "setp.gt.s32"), *WRONG),
     "states past the last": state(line("const bool exists", r"setp\.ge\.s32", 0, "setp.gt.s32"), *WRONG),
     "the first state": state(nth(*FIRST), *WRONG),
+    "sums of warps not awaited": state(nth(BARRIER, 0, ""), *COPY),
+    "sums of warps in one place": state(
+        line("if (lane == 0) parts", r"shl\.b32(\s+%r\d+), %r\d+, 3;", 0, r"mov.b32\1, 0;"), *COPY
+    ),
     **short(SCREEN, codes=1, scales=4),
     "operand A of the screen swapped": screen(nth(A, 0, SWAPPED), "value"),
     "operand B of the screen swapped": screen(nth(B, 0, SWAPPED), "value"),
