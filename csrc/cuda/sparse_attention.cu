@@ -67,8 +67,8 @@ static int64_t splits_of(const Arguments& p, int64_t D) {
   return std::clamp<int64_t>(std::min(wanted, steps / kLeastSteps), 1, kMostSplits);
 }
 
-// So many blocks that the last to start decide, and so few that it shows: a dozen rounds of a large GPU, simulated in
-// docs/gpu-evidence.md. Blocks of few keys are over before they are sorted.
+// Splits are alike, beyond a dozen rounds of a large GPU the last blocks hardly matter (docs/gpu-evidence.md has
+// figures), and blocks of few keys would be over before they are sorted.
 static bool sorted(const Arguments& p, int64_t blocks) {
   return p.splits == 1 && p.n_k >= 1024 && blocks > kFullGrid / 2 && blocks <= 8 * kFullGrid;
 }
