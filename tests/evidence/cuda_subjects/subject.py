@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from cuda_device import ROOT, Run
 from mutations import Change, at_line
+from scrimp.benchmarks.roofline import Count
 from subjects.subject import Case, Flat, Mutant
 
 
@@ -23,6 +24,8 @@ class CudaSubject:
         reference_launch: name of the case whose counters go into the passport.
         least_bytes: what a call must move, by formula; the reference launch may ask for 5 % more. None where the op
             is not bound by memory.
+        count: what the op's own kernels do, by formula; None where its own test compares it.
+        exact_bytes: whether the formula knows all bytes of a call; of others it is a bound from above.
         mutant_case: name of the case the mutants run on, unless they name another.
         mutants: by name; at least 10 that must be caught in every kernel.
         idle: calls that launch nothing, which `check` takes, too.
@@ -42,6 +45,8 @@ class CudaSubject:
     least_bytes: Callable[[Flat], int] | None
     mutant_case: str
     mutants: Mapping[str, Mutant]
+    count: Callable[..., Count] | None = None
+    exact_bytes: Callable[[Flat], bool] = lambda _: True
     idle: Mapping[str, Case] = field(default_factory=dict)
     bad: Mapping[str, tuple[Callable[[Flat], Flat], str]] = field(default_factory=dict)
     shared: Mapping[str, int] = field(default_factory=dict)
