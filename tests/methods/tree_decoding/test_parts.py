@@ -86,12 +86,12 @@ def test_acceptance_is_measured() -> None:
 
 def test_as_many_guesses_as_pay() -> None:
     gains = [0.0, 0.5, 0.7, 0.8, 0.85]
-    assert worthwhile([gains], 1, 9, lambda rows: 1.0) == 4
-    assert worthwhile([gains], 1, 2, lambda rows: 1.0) == 2
-    assert worthwhile([gains], 1, 9, lambda rows: 1 + 0.2 * (rows - 1)) == 1
-    assert worthwhile([gains], 1, 9, lambda rows: float(rows)) == 0
-    assert worthwhile([gains, [0.0]], 4, 9, lambda rows: 1.0 if rows <= 8 else 9.0) == 1
-    assert worthwhile([[0.0]], 1, 9, lambda rows: 1.0) == 0
+    assert worthwhile([gains], 1, 9, lambda rows: 1.0) == (4, 1.85)
+    assert worthwhile([gains], 1, 2, lambda rows: 1.0) == (2, 1.7)
+    assert worthwhile([gains], 1, 9, lambda rows: 1 + 0.2 * (rows - 1)) == (1, 1.25)
+    assert worthwhile([gains], 1, 9, lambda rows: float(rows)) == (0, 1.0)
+    assert worthwhile([gains, [0.0]], 4, 9, lambda rows: 1.0 if rows <= 8 else 9.0) == (1, 2.5)
+    assert worthwhile([[0.0]], 1, 9, lambda rows: 1.0) == (0, 1.0)
 
 
 def test_cost_curve() -> None:
@@ -111,16 +111,30 @@ def test_cost_curve() -> None:
     assert min(measured.points.values()) > 0
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_a_costly_source_must_be_worth_its_time(pays: bool) -> None:
-    """It is tried, then used or not, and now and then the other way is tried again."""
+@pytest.mark.parametrize("ratio", [0.9, 1.1])
+def test_a_costly_source_must_be_worth_its_time(ratio: float) -> None:
+    """One that slows texts is left out after a few steps, and tried anew much later."""
     worth, ways = Worth(), list[bool]()
-    for _ in range(3 * AGAIN):
+    for _ in range(AGAIN + 3 * TRIAL):
         ways.append(worth.on)
-        worth.settle(3 if worth.on else 1, 1.0 if pays or not worth.on else 4.0)
-    assert ways[: 2 * TRIAL] == [True] * TRIAL + [False] * TRIAL
-    assert ways[2 * TRIAL + 1 : AGAIN].count(pays) >= 0.9 * (AGAIN - 2 * TRIAL - 1)
-    assert (not pays) in ways[AGAIN:]
+        if worth.on:
+            worth.judge(ratio)
+        else:
+            worth.rest()
+    if ratio > 1:
+        assert all(ways)
+    else:
+        assert ways == [True] * TRIAL + [False] * AGAIN + [True] * TRIAL + [False] * TRIAL
+
+
+def test_the_worth_of_a_source_is_that_of_many_steps() -> None:
+    worth = Worth()
+    for ratio in [1.3, 0.9] * 20:
+        worth.judge(ratio)
+    assert worth.on
+    for seconds in (1.0, 1.0, 2.0):
+        worth.took(seconds)
+    assert worth.seconds == pytest.approx(1.1)
 
 
 def test_guesses_too_deep_are_left_out() -> None:

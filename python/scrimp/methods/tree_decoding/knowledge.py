@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,9 +15,9 @@ from .cost import CostCurve
 from .draft import Accepted, Candidates, Draft, DraftSource, RidingDraft
 from .maps import DraftMaps
 
-TRIAL = 6  # steps with and steps without a costly source before they are compared
-AGAIN = 64  # steps after which the slower way is tried anew
-FADE = 0.1
+TRIAL = 6  # steps with a costly source before it is judged
+AGAIN = 64  # steps without it after which it is tried anew
+FADE = 0.1  # share of a new step
 
 
 class Knowledge:
@@ -48,34 +49,39 @@ class Knowledge:
 
 
 class Worth:
-    """Whether a costly source makes texts come faster: tokens per second with it and without, tried in turns."""
+    """Whether a costly source makes texts come faster: by what each step expects with its guesses and without.
+
+    Attributes:
+        on: whether the next step uses it.
+        seconds: that proposing takes.
+    """
 
     def __init__(self) -> None:
         self.on = True
-        self._speeds: dict[bool, list[float]] = {True: [0.0, 0.0], False: [0.0, 0.0]}  # tokens, seconds; fading
-        self._steps = {True: 0, False: 0}
-        self._since = 0
+        self.seconds = 0.0
+        self._ratio = self._weight = 0.0  # a fading sum of speeds with the source over those without, and its weight
+        self._steps = 0  # since it was switched on, or off
 
-    def settle(self, tokens: int, seconds: float) -> None:
-        """Takes in a step and decides about the next one."""
-        speed = self._speeds[self.on]
-        speed[:] = (1 - FADE) * speed[0] + tokens, (1 - FADE) * speed[1] + seconds
-        self._steps[self.on] += 1
-        self._since += 1
-        young = next((way for way in (True, False) if self._steps[way] < TRIAL), None)
-        if young is not None:
-            self.on = young
-            return
-        better = self._rate(True) >= self._rate(False)
-        if self.on != better:
-            self.on, self._since = better, 0
-        elif self._since >= AGAIN:
-            self.on, self._since = not better, 0
-            self._steps[self.on] = 0
+    def took(self, seconds: float) -> None:
+        """Takes in the time of a proposal."""
+        self.seconds += (seconds - self.seconds) * (FADE if self.seconds else 1)
 
-    def _rate(self, way: bool) -> float:
-        tokens, seconds = self._speeds[way]
-        return tokens / max(seconds, 1e-9)
+    def judge(self, ratio: float) -> None:
+        """Takes in a step with the source: its speed over the one expected without."""
+        self._ratio, self._weight = (1 - FADE) * self._ratio + ratio, (1 - FADE) * self._weight + 1
+        self._steps += 1
+        if self._steps >= TRIAL and self._ratio < self._weight:
+            self._switch(False)
+
+    def rest(self) -> None:
+        """Takes in a step without the source."""
+        self._steps += 1
+        if self._steps >= AGAIN:
+            self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        self.on, self._steps = on, 0
+        self._ratio = self._weight = 0.0
 
 
 class Running:
@@ -92,6 +98,7 @@ class Running:
         self, sources: Sequence[DraftSource], worths: dict[str, Worth], model: DecoderModel, cache: KVCache
     ) -> None:
         self._drafts: list[tuple[DraftSource, Draft]] = [(source, source.start(model, cache)) for source in sources]
+        self._riding = [(source, draft) for source, draft in self._drafts if isinstance(draft, RidingDraft)]
         self._worths = worths
         for source in sources:
             if source.costly:
@@ -101,25 +108,37 @@ class Running:
         self, texts: Sequence[Sequence[int] | None], depths: Sequence[int]
     ) -> list[tuple[str, list[Candidates]]]:
         """Guesses of every source that is worth its time, by its name."""
-        return [(source.name, draft.propose(texts, depths)) for source, draft in self._used()]
+        found = []
+        for source, draft in self._drafts:
+            if not self._pays(source):
+                self._worths[source.name].rest()
+                continue
+            begin = time.perf_counter()
+            found.append((source.name, draft.propose(texts, depths)))
+            if source.costly:
+                self._worths[source.name].took(time.perf_counter() - begin)
+        return found
+
+    def worths(self, names: Iterable[str]) -> dict[str, Worth]:
+        """What is known of the costly ones among these sources."""
+        return {name: self._worths[name] for name in names if name in self._worths}
 
     def layers(self) -> list[int]:
         """Numbers of layers after which sources map states to pseudo rows."""
-        return sorted({draft.riding.layer for _, draft in self._drafts if isinstance(draft, RidingDraft)})
+        return sorted({draft.riding.layer for _, draft in self._riding})
 
-    def riding(self) -> DraftMaps | None:
-        """What makes the pseudo rows of the next step; None unless a source that is worth its time has some."""
-        return next((draft.riding for _, draft in self._used() if isinstance(draft, RidingDraft)), None)
+    def riding(self, but: str = "") -> DraftMaps | None:
+        """What makes the pseudo rows of the next step; None unless a source that is worth its time has some.
 
-    def _used(self) -> list[tuple[DraftSource, Draft]]:
-        return [pair for pair in self._drafts if not pair[0].costly or self._worths[pair[0].name].on]
+        Args:
+            but: name of a source that is left out.
+        """
+        usable = (draft.riding for source, draft in self._riding if self._pays(source) and source.name != but)
+        return next(usable, None)
+
+    def _pays(self, source: DraftSource) -> bool:
+        return not source.costly or self._worths[source.name].on
 
     def update(self, accepted: Accepted) -> None:
         for _, draft in self._drafts:
             draft.update(accepted)
-
-    def settle(self, tokens: int, seconds: float) -> None:
-        """Takes in the tokens and seconds of a step."""
-        for source, _ in self._drafts:
-            if source.costly:
-                self._worths[source.name].settle(tokens, seconds)

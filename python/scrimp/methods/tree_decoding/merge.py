@@ -83,18 +83,20 @@ class Merged:
             node = self._below[node].get(token)
 
 
-def worthwhile(gains: Sequence[Sequence[float]], rows: int, limit: int, cost: Callable[[int], float]) -> int:
-    """How many guesses for each sequence give the most tokens per second; 0 where no tree is the fastest.
+def worthwhile(
+    gains: Sequence[Sequence[float]], rows: int, limit: int, cost: Callable[[int], float]
+) -> tuple[int, float]:
+    """How many guesses for each sequence give the most tokens per second, 0 where no tree is the fastest; and how many.
 
     Args:
         gains: of the sequences that are not finished (`Merged.gains`).
         rows: sequences of a pass, finished ones among them.
         limit: guesses for each at most.
-        cost: seconds of a pass of so many rows.
+        cost: seconds of a step with a pass of so many rows.
     """
     best, fastest = 0, len(gains) / cost(rows)
     for count in range(1, min(limit, max(map(len, gains)) - 1) + 1):
         speed = sum(1 + own[min(count, len(own) - 1)] for own in gains) / cost(rows * (count + 1))
         if speed > fastest:
             best, fastest = count, speed
-    return best
+    return best, fastest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,12 +76,11 @@ class Session:
         self._running = running
         self._knowledge = knowledge
         self._chain = any(layer.window for layer in model.layers)
-        self._begin = 0.0
 
     @torch.inference_mode()
     def begin(self, prompted: Prompted) -> None:
         """Tells the sources what the last tokens of the prompts left; each text has one new token."""
-        riding, _ = self._riding()
+        riding = self._riding()
         pseudo = None
         if riding is not None:
             held = torch.tensor([len(text) - 1 for text in self.texts], dtype=torch.int32, device=self.model.device)
@@ -99,42 +97,59 @@ class Session:
             depths: how deep guesses of each sequence can be of use; None for a finished sequence.
             largest: how many of the largest logits the choice of tokens depends on; 0 for all.
         """
-        self._begin = time.perf_counter()
-        merged = self._merge(depths)
-        riding, limit = self._riding()
-        curve, paid = self._knowledge.curve(self.model), partial(ahead.rows_paid, self.model, riding)
-        gains = [one.gains for one in merged if one is not None]
-        count = worthwhile(gains, self.cache.batch, limit, lambda rows: curve(paid(rows))) if limit > 0 else 0
+        proposed = self._propose(depths)
+        merged, riding = self._merge(depths, proposed), self._riding()
+        worths = self._running.worths(name for name, _ in proposed)
+        spent = sum(worth.seconds for worth in worths.values())
+        count, speed = self._plan(merged, riding, spent)
+        for name, worth in worths.items():
+            others = self._merge(depths, [pair for pair in proposed if pair[0] != name])
+            worth.judge(speed / self._plan(others, self._riding(but=name), spent - worth.seconds)[1])
         trees = [Tree([0], [-1]) if one is None else one.tree(count) for one in merged]
         batch = together(trees, self.model.device)
         begin = time.perf_counter()
         state, pseudo = self._feed(batch, [depth is None for depth in depths], riding)
         logits = forward.logits(self.model, state, learnt(largest))
-        curve.note(paid(batch.tokens.numel()), time.perf_counter() - begin)
+        paid = ahead.rows_paid(self.model, riding, batch.tokens.numel())
+        self._knowledge.curve(self.model).note(paid, time.perf_counter() - begin)
         return Step(trees, batch, logits, state, pseudo, merged)
 
     def _room(self, rows: int) -> int:
         """Guesses in a tree at most where every row of it takes so many."""
         return min(self._guesses, forward.MAX_ROWS // (self.cache.batch * rows) - 1)
 
-    def _riding(self) -> tuple[DraftMaps | None, int]:
-        """What makes pseudo rows in this step, if they leave room for a tree, and the guesses in it at most."""
-        riding = self._running.riding()
-        if riding is not None and (room := self._room(1 + riding.count)) > 0:
-            return riding, room
-        return None, self.limit
+    def _riding(self, but: str = "") -> DraftMaps | None:
+        """What makes pseudo rows in a step, without the source of a name, if they leave room for a tree."""
+        riding = self._running.riding(but)
+        return None if riding is None or self._room(1 + riding.count) <= 0 else riding
 
-    def _merge(self, depths: Sequence[int | None]) -> list[Merged | None]:
-        texts = [None if depth is None else text for text, depth in zip(self.texts, depths, strict=True)]
+    def _plan(self, merged: Sequence[Merged | None], riding: DraftMaps | None, spent: float) -> tuple[int, float]:
+        """How many guesses to read, and the tokens per second expected of it, where guessing took `spent` seconds."""
+        curve = self._knowledge.curve(self.model)
+        limit = self.limit if riding is None else self._room(1 + riding.count)
+        gains = [one.gains for one in merged if one is not None]
+        return worthwhile(
+            gains, self.cache.batch, limit, lambda rows: spent + curve(ahead.rows_paid(self.model, riding, rows))
+        )
+
+    def _propose(self, depths: Sequence[int | None]) -> list[tuple[str, list[Candidates]]]:
+        """Guesses of each source that is used, for each sequence."""
         useful = [min(depth or 0, self.limit) for depth in depths]
-        proposed: list[tuple[str, list[Candidates]]] = []
-        if any(useful):
-            proposed = self._running.propose(texts, useful)
-        found: list[Merged | None] = []
-        for b, text in enumerate(texts):
-            own = [(name, _cut(candidates[b], useful[b])) for name, candidates in proposed]
-            found.append(None if text is None else Merged(text[-1], own, self._knowledge.acceptance, self._chain))
-        return found
+        if not any(useful):
+            return []
+        texts = [None if depth is None else text for text, depth in zip(self.texts, depths, strict=True)]
+        found = self._running.propose(texts, useful)
+        return [(name, [_cut(own, depth) for own, depth in zip(each, useful, strict=True)]) for name, each in found]
+
+    def _merge(
+        self, depths: Sequence[int | None], proposed: Sequence[tuple[str, list[Candidates]]]
+    ) -> list[Merged | None]:
+        """The guesses after each text; None for a finished sequence."""
+        acceptance, chain = self._knowledge.acceptance, self._chain
+        return [
+            None if depth is None else Merged(text[-1], [(name, own[b]) for name, own in proposed], acceptance, chain)
+            for b, (text, depth) in enumerate(zip(self.texts, depths, strict=True))
+        ]
 
     def _feed(self, batch: TreeBatch, idle: Sequence[bool], riding: DraftMaps | None) -> tuple[Tensor, Tensor | None]:
         """Rows of finished sequences go to the scratch slots, as if after an empty text."""
@@ -181,7 +196,6 @@ class Session:
             self.texts[b] += tokens
             self._knowledge.steps += 1
             self._knowledge.tokens += len(tokens)
-        self._running.settle(sum(map(len, chosen)), time.perf_counter() - self._begin)
 
 
 def learnt(largest: int) -> int:

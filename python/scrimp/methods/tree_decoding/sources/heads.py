@@ -11,11 +11,16 @@ from torch import Tensor
 from ....ops import rms_norm
 from ...generation import forward
 from ...generation.cache import KVCache
-from ...generation.linear import DenseLinear
+from ...generation.linear import DenseLinear, Linear
 from ...generation.model import DecoderModel
+from ...int4.grid import Grid
+from ...int4.linear import Int4Linear
+from ...int4.rtn import round_to_nearest
 from ..draft import Accepted, Candidates
 from ..maps import DraftMaps, Kind
 from .expand import expand, likeliest
+
+GROUP_SIZE = 32  # of a head's rows in 4 bits
 
 
 class _Trained:
@@ -36,7 +41,7 @@ class _Trained:
             raise ValueError(f"{type(self).__name__}: width={width} and guesses={guesses} must be at least 1")
         self._maps = maps if isinstance(maps, DraftMaps) else DraftMaps.load(maps)
         self._width, self._guesses = width, guesses
-        self._short: tuple[DecoderModel, DenseLinear] | None = None
+        self._short: tuple[DecoderModel, Linear] | None = None
 
     @torch.no_grad()
     def fitted(self, model: DecoderModel) -> tuple[DraftMaps, Scores]:
@@ -49,15 +54,23 @@ class _Trained:
         if maps.tokens is None or not isinstance(head, DenseLinear):
             return maps, Scores(model, self._width, None, None)
         if self._short is None or not self._short[0].is_still(model):
-            rows = [None if tensor is None else tensor[maps.tokens] for tensor in (head.weights[0], *head.biases)]
-            self._short = (model, DenseLinear(rows[:1], rows[1:] or [None]))  # type: ignore[arg-type]
+            self._short = (model, _rows(head, maps.tokens))
         return maps, Scores(model, self._width, maps.tokens, self._short[1])
+
+
+def _rows(head: DenseLinear, tokens: Tensor) -> Linear:
+    """A head's rows of some tokens, in 4 bits where they fit: what only guesses may be rough."""
+    weight = head.weights[0][tokens]
+    bias = head.biases[0][tokens] if head.biases and head.biases[0] is not None else None
+    if weight.shape[1] % GROUP_SIZE:
+        return DenseLinear([weight], [bias])
+    return Int4Linear.engine_linear([Int4Linear(round_to_nearest(weight, GROUP_SIZE, Grid(steps=1)), bias, "int8")])
 
 
 class Scores:
     """The likeliest tokens after states, by the model's head or by its rows of some tokens."""
 
-    def __init__(self, model: DecoderModel, width: int, tokens: Tensor | None, head: DenseLinear | None) -> None:
+    def __init__(self, model: DecoderModel, width: int, tokens: Tensor | None, head: Linear | None) -> None:
         self._model, self._width, self._tokens, self._head = model, width, tokens, head
 
     def __call__(self, states: Tensor) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
@@ -71,23 +84,27 @@ class Scores:
 
 
 class _Ahead:
-    """Guesses from states of the tokens ahead, which each step leaves behind for the next one."""
+    """Guesses from states of the tokens ahead, made of what each step leaves behind of each sequence."""
 
     def __init__(self, scores: Scores, batch: int, guesses: int) -> None:
         self._scores, self._guesses = scores, guesses
-        self._states: list[Tensor | None] = [None] * batch  # [k, d] of each sequence
+        self._left: list[Tensor | None] = [None] * batch
 
     @torch.inference_mode()
     def propose(self, texts: Sequence[Sequence[int] | None], depths: Sequence[int]) -> list[Candidates]:
         found = [Candidates() for _ in texts]
-        pairs = zip(texts, self._states, strict=True)
-        known = [(b, states) for b, (text, states) in enumerate(pairs) if text is not None and states is not None]
+        pairs = zip(texts, self._left, strict=True)
+        known = [(b, left) for b, (text, left) in enumerate(pairs) if text is not None and left is not None]
         if known:
-            tokens, chances = self._scores(torch.stack([states for _, states in known]))
+            tokens, chances = self._scores(self._states(torch.stack([left for _, left in known])))
             for (b, _), ids, some in zip(known, tokens, chances, strict=True):
                 levels = [list(zip(*level, strict=True)) for level in zip(ids, some, strict=True)]
                 found[b] = _product(levels, self._guesses, depths[b])
         return found
+
+    def _states(self, left: Tensor) -> Tensor:
+        """`[B, k, d]` of what was left."""
+        return left
 
 
 def _product(levels: Sequence[Sequence[tuple[int, float]]], guesses: int, depth: int) -> Candidates:
@@ -118,9 +135,11 @@ class _Medusa(_Ahead):
         super().__init__(scores, batch, guesses)
         self._maps = maps
 
-    @torch.inference_mode()
     def update(self, accepted: Accepted) -> None:
-        self._states[accepted.sequence] = self._maps(accepted.state[-1])
+        self._left[accepted.sequence] = accepted.state[-1]
+
+    def _states(self, left: Tensor) -> Tensor:
+        return self._maps(left)
 
 
 class HiddenTransfer(_Trained):
@@ -155,7 +174,7 @@ class _Transfer(_Ahead):
         self.riding = maps
 
     def update(self, accepted: Accepted) -> None:
-        self._states[accepted.sequence] = accepted.ahead
+        self._left[accepted.sequence] = accepted.ahead
 
 
 def trained(maps: DraftMaps | str | Path) -> HiddenTransfer | MedusaHeads:
