@@ -17,7 +17,8 @@ from torch import Tensor
 
 GROUP = 64  # coordinates that share a step of the hidden state, and a bound
 TILE = 16  # rows of the head that lie interleaved
-LARGEST = 32767  # of the integers that stand for the hidden state's coordinates; kernels may take coarser ones
+LARGEST, LARGEST_BYTE = 32639, 127  # of the integers for a hidden state's coordinates: two signed bytes, or one
+SHARE_ON_CPU, SHARE_ON_GPU = 0.1, 0.0  # of `HeadScreen.interval`
 UNIT = 2.0**-24  # of a rounding to fp32
 WIDE, NARROW = 8, 4  # bits
 BLOCK = 8192  # rows built at once
@@ -95,25 +96,40 @@ class HeadScreen:
         moved = {name: None if tensor is None else tensor.to(device) for name, tensor in self.tensors().items()}
         return HeadScreen(**moved, slack=self.slack, rows=self.rows, wide=self.wide)  # type: ignore[arg-type]
 
-    def interval(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def interval(self, x: Tensor, share: float = SHARE_ON_GPU) -> tuple[Tensor, Tensor]:
         """Centre `[M, V]` and half width `[M, V]` (float64) of intervals that hold the dense head's fp32 logits.
+
+            w . h = s (q . n + q . r + e . h),   |q . r + e . h| <= sum over groups of norm |r| + error |h|
+
+        n are the coordinates h of the state, rounded to integers under one step a group, and r is what they leave over.
+        The interval holds for any n. A group's integers have 8 bits where its norm |r| is then at most `share` of the
+        sum of error |h| and of the slack, else 16.
 
         Args:
             x: hidden states `[M, K]`.
+            share: that of the kernels for CPUs, whatever their instructions, is SHARE_ON_CPU; those for GPUs have 16
+                bits everywhere, SHARE_ON_GPU, and four times the slack.
         """
         x = x.float()
         h = (x @ self.basis.T if self.basis is not None else _padded(x, GROUP * len(self.error))).double()
         h = h.view(len(x), -1, GROUP)
-        step = (h.abs().amax(-1, keepdim=True) / LARGEST).float().double()
-        integers = torch.where(step > 0, (h / step).round(), 0.0)
-        q = unpack(self.codes, len(self.error), self.wide)[: self.rows].double()
-        scales = self.scales[: self.rows].double()
-        centre = (integers * step).flatten(1) @ q.T * scales
-        length, rest = h.norm(dim=-1), (h - integers * step).norm(dim=-1)
         error, norm = self.error.double(), self.norm.double()
-        bound = length @ error + rest @ norm + self.slack * x.double().norm(dim=-1)
-        bound = bound + (2 * len(error) + 8) * UNIT * ((length + rest) @ norm)
-        return centre, bound[:, None] * scales
+        length = h.norm(dim=-1)
+        bound = length @ error + self.slack * x.double().norm(dim=-1)
+        coarse = _rounded(h, LARGEST_BYTE)
+        few = (h - coarse).norm(dim=-1) * norm <= share * bound[:, None]
+        rounded = torch.where(few[..., None], coarse, _rounded(h, LARGEST))
+        rest = (h - rounded).norm(dim=-1)
+        bound = bound + rest @ norm + (2 * len(error) + 8) * UNIT * ((length + rest) @ norm)
+        q = unpack(self.codes, len(error), self.wide)[: self.rows].double()
+        scales = self.scales[: self.rows].double()
+        return rounded.flatten(1) @ q.T * scales, bound[:, None] * scales
+
+
+def _rounded(h: Tensor, largest: int) -> Tensor:
+    """Coordinates `[M, G, 64]` as multiples, up to the `largest`, of one fp32 step a group."""
+    step = (h.abs().amax(-1, keepdim=True).float() / largest).double()
+    return torch.where(step > 0, (h / step).round().clamp(-largest, largest), 0.0) * step
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

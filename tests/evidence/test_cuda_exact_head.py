@@ -1,44 +1,13 @@
-"""exact_head in CUDA C++: the bits of linear's kernels, in any company, and the calls it takes."""
+"""exact_head in CUDA C++: the formula of its cost, and the calls it takes. Its bits: `test_exact_head_bits.py`."""
 
 import pytest
 import torch
 from cuda_device import call
 from cuda_subjects.exact_head import CASES, MANY
-from emulate import execute
 from scrimp.benchmarks.exact_head_cost import reranked, screened
-from scrimp.kernels import linear
 from subjects.exact_head import make
-from torch import Tensor
 
-from scrimp.head_screen import HeadScreen
 from scrimp.ops.exact_head import _cuda_takes
-
-ROWS, K, V, TOP = 5, 1088, 2048, 12  # more inputs than a chunk
-
-
-def computed(x: Tensor, weight: Tensor, screen: HeadScreen) -> tuple[Tensor, Tensor, Tensor]:
-    found, _ = call("exact_head", x, weight, *screen.tensors().values(), screen.slack, screen.wide, TOP)
-    return found
-
-
-@pytest.mark.parametrize("wide", [None, 5])
-def test_the_bits_are_those_of_linear(wide: int | None) -> None:
-    """Random numbers, whose sums depend on the order of additions; nine states are other kernels than few."""
-    x, weight = torch.randn(ROWS, K).bfloat16(), torch.randn(V, K).bfloat16()
-    logits, launches = linear.launches(x, [weight], [], None)
-    execute(launches)
-    truth, order = logits.sort(dim=-1, descending=True, stable=True)
-    screen = HeadScreen.build(weight, wide=wide)
-    values, ids, scored = computed(x, weight, screen)
-    assert torch.equal(values, truth[:, :TOP])
-    assert torch.equal(ids, order[:, :TOP])
-    assert bool(((scored >= TOP) & (scored < V + (wide is not None))).all())  # 4 bits without a basis leave all rows
-    many = torch.cat([x[:4], torch.randn(4, K).bfloat16(), x[4:]])
-    for mine, alone, among in zip(
-        (values, ids, scored), computed(x[3:4], weight, screen), computed(many, weight, screen), strict=True
-    ):
-        assert torch.equal(mine[3:4], alone)
-        assert torch.equal(mine, among[[0, 1, 2, 3, 8]])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != MANY])

@@ -18,8 +18,8 @@ def by_op(field: str) -> list[Any]:
 def execute(op: str, name: str, order: str) -> list[Run]:
     torch.manual_seed(0)
     args = SUBJECTS[op].cases[name]()
-    results, runs = call(op, *args, order=order)
-    SUBJECTS[op].check(results, args)
+    results, runs = call(op, *args, order=order, keep=SUBJECTS[op].keep)
+    SUBJECTS[op].check_call((results, runs), args)
     for run in runs:
         assert run.counters.unwaited_copies == 0
         assert run.shared == SUBJECTS[op].dynamic_shared(run.kernel)

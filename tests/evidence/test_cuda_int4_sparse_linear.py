@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from companies import assert_company_changes_nothing, listing, own_lists
 from cuda_device import call
 from cuda_subjects.int4_sparse_linear import BAD, CASES, MUTATED
 from subjects.int4_sparse_linear import make
@@ -23,23 +24,13 @@ def test_a_row_has_the_bits_of_its_own_list(kind: str) -> None:
     _, *weight, _, _, bias, group_size, zero_kind, mode = make(
         1, 40, K, group_size, kind, "exact", torch.float16, bias=True
     )
-    own = torch.rand(64, K) < 0.3
-    x = torch.randn(64, K).half().masked_fill(~own, 0)
+    own = own_lists(64, K)
 
-    def run(x: Tensor, listed: Tensor) -> Tensor:
-        channels = listed.nonzero().flatten().int()
-        rest: Any = (channels, torch.tensor([len(channels)]).int(), bias, group_size, zero_kind, mode)
+    def run(rows: slice, x: Tensor, listed: Tensor) -> Tensor:
+        rest: Any = (*listing(listed), bias, group_size, zero_kind, mode)
         return call("int4_sparse_linear", x, *weight, *rest)[0]
 
-    everything = torch.ones(K, dtype=torch.bool)
-    whole = run(x, everything)
-    for rows in ROWS:
-        assert torch.equal(run(x[:rows], own[:rows].any(0)), whole[:rows]), rows
-    for row in (3, 40):
-        assert torch.equal(run(x[row : row + 1], own[row]), whole[row : row + 1])
-    wild = x[:9].clone()
-    wild[::2] = torch.nan
-    assert torch.equal(run(wild, everything)[1::2], whole[1:9:2])
+    assert_company_changes_nothing(run, torch.randn(64, K).half().masked_fill(~own, 0), own, ROWS)
 
 
 def test_channels_beyond_32_bit_offsets() -> None:

@@ -4,6 +4,7 @@ import mmap
 
 import pytest
 import torch
+from companies import assert_company_changes_nothing, listing, own_lists
 from cuda_device import call
 from cuda_subjects.sparse_linear import BAD, CASES, MUTATED
 from subjects.sparse_linear import make
@@ -18,23 +19,12 @@ TRITONS = {"off the grid", "odd outputs"}
 @pytest.mark.parametrize("K", [200, 1104], ids=["one chunk", "chunks"])
 def test_a_row_has_the_bits_of_its_own_list(K: int) -> None:
     weight, residual = torch.randn(K, 72).half(), torch.randn(64, 72).half()
-    own = torch.rand(64, K) < 0.3
-    x = torch.randn(64, K).half().masked_fill(~own, 0)
+    own = own_lists(64, K)
 
-    def run(x: Tensor, listed: Tensor, residual: Tensor) -> Tensor:
-        channels = listed.nonzero().flatten().int()
-        return call("sparse_linear", x, weight, channels, torch.tensor([len(channels)]).int(), None, residual)[0]
+    def run(rows: slice, x: Tensor, listed: Tensor) -> Tensor:
+        return call("sparse_linear", x, weight, *listing(listed), None, residual[rows])[0]
 
-    everything = torch.ones(K, dtype=torch.bool)
-    whole = run(x, everything, residual)
-    for rows in ROWS:
-        assert torch.equal(run(x[:rows], own[:rows].any(0), residual[:rows]), whole[:rows]), rows
-    for row in (3, 40):
-        one = slice(row, row + 1)
-        assert torch.equal(run(x[one], own[row], residual[one]), whole[one])
-    wild = x[:9].clone()
-    wild[::2] = torch.nan
-    assert torch.equal(run(wild, everything, residual[:9])[1::2], whole[1:9:2])
+    assert_company_changes_nothing(run, torch.randn(64, K).half().masked_fill(~own, 0), own, ROWS)
 
 
 def test_channels_beyond_32_bit_offsets() -> None:

@@ -114,6 +114,9 @@ def test_control_flow() -> None:
     assert loops("@P0 BRA 0x20", "MOV", "MOV", "@P1 BRA 0x10", "EXIT") == []
     # Threads that met at a barrier go on where BSSY said, here at the head of the loop.
     assert loops("MOV", "BSSY B0, 0x0", "@P0 EXIT", "BSYNC B0", "EXIT") == [[0, 1, 2, 3]]
+    # A guarded CALL leaves a loop, and behind it there may be another; without a guard a function returns from it.
+    assert loops("MOV", "@P0 CALL.REL.NOINC 0x30", "BRA 0x0", "MOV", "@P1 BRA 0x30", "EXIT") == [[0, 1, 2], [3, 4]]
+    assert loops("MOV", "CALL.REL.NOINC 0x40", "@P0 BRA 0x0", "EXIT", "@P1 BRA 0x40", "RET") == [[0, 1, 2]]
     # Code that is never reached has no loops, and an inner loop may share the outer one's end.
     assert loops("EXIT", "MOV", "BRA 0x10") == []
     assert loops("MOV", "MOV", "@P0 BRA 0x10", "@P1 BRA 0x0", "EXIT") == [[0, 1, 2, 3], [1, 2]]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cuda_device import ROOT
+import numpy as np
+from cuda_device import ROOT, Run
 from mutations import Change, at_line
 from scrimp.benchmarks.roofline import Count
 from subjects.subject import Case, Flat, Mutant
@@ -30,6 +31,8 @@ class CudaSubject:
         idle: calls that launch nothing, which `check` takes, too.
         bad: name -> change of the mutant case's arguments, words of the message that refuses them.
         shared: kernel -> bytes of dynamic shared memory that its launches ask for.
+        keep, check_kept: a kernel, and what raises unless the memory that its pointers lead to is right after it ran;
+            for what results do not show.
         tensor_kernels: kernels whose loops must hold tensor-core instructions and only 128-bit or asynchronous global
             loads; with the number of their loops that may load indices otherwise.
     """
@@ -48,6 +51,16 @@ class CudaSubject:
     bad: Mapping[str, tuple[Callable[[Flat], Flat], str]] = field(default_factory=dict)
     shared: Mapping[str, int] = field(default_factory=dict)
     tensor_kernels: Mapping[str, int] = field(default_factory=dict)
+    keep: str = ""
+    check_kept: Callable[[Flat, Sequence[np.ndarray]], None] = lambda args, memory: None
+
+    def check_call(self, called: tuple[Any, Sequence[Run]], args: Flat) -> None:
+        """Raises unless results, and the memory that was kept, are right for the arguments."""
+        results, runs = called
+        self.check(results, args)
+        for run in runs:
+            if run.kernel == self.keep:
+                self.check_kept(args, run.memory)
 
     def dynamic_shared(self, kernel: str) -> int:
         """Bytes that a launch of `kernel` asks for."""

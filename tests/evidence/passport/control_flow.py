@@ -39,7 +39,11 @@ def natural_loops(lines: Sequence[Line]) -> list[frozenset[int]]:
 
 
 def _successors(lines: Sequence[Line]) -> list[list[int]]:
-    """Of every instruction, the indices of those that may follow."""
+    """Of every instruction, the indices of those that may follow.
+
+    A function that is called returns, so that a CALL is followed by the next instruction. Under a guard ptxas writes
+    it for a jump, too: out of a loop, over the BRA back to its head.
+    """
     at = {line.address: k for k, line in enumerate(lines)}
     meeting: dict[str, str] = {}  # barrier register -> where BSSY lets its threads meet again
     found = []
@@ -50,9 +54,10 @@ def _successors(lines: Sequence[Line]) -> list[list[int]]:
             meeting[line.operands.split(",")[0]] = line.operands
         elif base == "BSYNC":
             target = re.search(r"0x([0-9a-f]+)$", meeting.get(line.operands.strip(), ""))
-        to = [at[int(target[1], 16)]] if target and base in ("BRA", "BSYNC") and int(target[1], 16) in at else []
+        jumps = base in ("BRA", "BSYNC") or (base == "CALL" and line.guard)
+        to = [at[int(target[1], 16)]] if target and jumps and int(target[1], 16) in at else []
         always = not line.guard and ("," not in line.operands or base == "BSSY")
-        if base in ("EXIT", "RET", "BRX", "JMX") or (base in ("BRA", "BSYNC") and to):
+        if base in ("EXIT", "RET", "BRX", "JMX") or to:
             found.append(sorted({*to, *([] if always else following)}))
         else:
             found.append(following)
