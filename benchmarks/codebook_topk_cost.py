@@ -37,6 +37,31 @@ def count(x: Tensor, codebook: Tensor, bias: Tensor | None, k: int, euclidean: b
     return total + Count(keys + k * rows + results, keys + results)
 
 
+BLOCK = 64  # in CUDA C++: rows and codes of a tile, their numbers of a step
+
+
+def count_cuda(x: Tensor, codebook: Tensor, bias: Tensor | None, k: int, euclidean: bool, mean: bool) -> Count:
+    """The same of the kernels in CUDA C++; each of four warps asks for what is added to the scores of a tile."""
+    G, C, D = codebook.shape if codebook.dim() == 3 else (1, *codebook.shape)
+    size = x.element_size()
+    M = x.numel() // (G * D)
+    blocks, tiles = cdiv(M, BLOCK), cdiv(C, BLOCK)
+    most = min(cdiv(512, blocks * G), cdiv(tiles, 2), 512 // k)
+    parts = cdiv(tiles, cdiv(tiles, most))
+    rows, codes, added = M * G * D * size, G * C * D * size, 4 * G * C
+    norms = codes + added * (1 if bias is None else 2) if euclidean else 0
+    if bias is None and not euclidean:
+        added = 0
+    keys, results = 8 * M * G * parts * k, rows + 8 * M * G * k
+    return Count(
+        bytes=norms + tiles * rows + blocks * (codes + 4 * added) + 2 * keys + k * rows + results,
+        unique_bytes=norms + rows + codes + added + 2 * keys + results,
+        flops_issued=2 * BLOCK**3 * G * blocks * tiles * cdiv(D, BLOCK),
+        flops_useful=2 * M * G * C * D,
+        resident_bytes=rows + codes,
+    )
+
+
 def cases() -> list[CountedCase]:
     """The sizes of the benchmark, in bf16."""
     return list(_cases())
@@ -47,5 +72,6 @@ def _cases() -> Iterator[CountedCase]:
         if dtype is torch.bfloat16 or rows == 1:
             x, codebook = (torch.empty(n, d, dtype=torch.bfloat16, device="meta") for n in (rows, CODES))
             fields = {"m": rows, "d": d, "codes": CODES, "k": BEST}
-            make = partial(count, x, codebook, None, BEST, False, True)
-            yield CountedCase(name.removesuffix("-bf16"), "bf16", make, fields)
+            flat = (x, codebook, None, BEST, False, True)
+            made = partial(count, *flat), fields, partial(count_cuda, *flat)
+            yield CountedCase(name.removesuffix("-bf16"), "bf16", *made)

@@ -55,6 +55,57 @@ def count(
     return total
 
 
+STATES, LISTED, WARPS = 64, 64, 8  # in CUDA C++: of a launch, rows of a block of the re-rank, warps of the other blocks
+
+
+def count_cuda(
+    x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, basis: Tensor | None, error: Tensor, norm: Tensor,
+    slack: float, wide: int, k: int,
+) -> Count:  # fmt: skip
+    """The same of the kernels in CUDA C++."""
+    total = screened(x, weight, codes, scales, basis, error, norm, slack, wide, k)
+    if basis is not None:
+        products = linear_cost.count(x.float(), [basis], [], None)
+        total += replace(products, flops_issued=0, flops_useful=0)
+    M = math.prod(x.shape[:-1])
+    return total + reranked(x, M, 2 * k, k) + reranked(x, M, k, k)
+
+
+def screened(
+    x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, basis: Tensor | None, error: Tensor, norm: Tensor,
+    slack: float, wide: int, k: int,
+) -> Count:  # fmt: skip
+    """Of the kernels whose work no value changes: states, screen, cut, and what both lists are chosen from."""
+    (V, K), M, T, G = weight.shape, math.prod(x.shape[:-1]), len(codes), len(error)
+    padded, size = 8 if M <= 8 else STATES, x.element_size()
+    states = M * K * size + (M * K * size if basis is None else 4 * M * GROUP * G) + 8 * padded * G
+    made = padded * G * (2 * GROUP + 8) + 4 * M
+    warps, lists = cdiv(T, 2 * WARPS) * WARPS, cdiv(TILE * T, 128)  # of the screen, of a list
+    centres, best = 4 * TILE * T * M, 4 * T * M
+    asked = warps * G * (2 * GROUP * M + 16 * cdiv(M, 2))  # pieces and steps, by each warp
+    return Count(
+        bytes=states + made + codes.numel() + asked + 2 * scales.nbytes + 3 * centres + 17 * best
+        + 8 * M + cdiv(lists, WARPS) * WARPS * 12 * M,
+        unique_bytes=states + made + codes.numel() + scales.nbytes + centres + best,
+        flops_issued=4 * warps * 2 * TILE * padded * GROUP * G,
+        flops_useful=4 * M * V * GROUP * G,
+        resident_bytes=made + centres + best,
+    )  # fmt: skip
+
+
+def reranked(x: Tensor, M: int, listed: int, k: int) -> Count:
+    """Of a list of `listed` rows that all states need: their products, then k passes over the logits."""
+    K, size, tiles = x.shape[-1], x.element_size(), cdiv(listed, LISTED)
+    rows, logits = listed * K * size, M * listed * size
+    return Count(
+        bytes=rows + tiles * M * K * size + logits + 16 * listed + M * k * listed * (12 + size),
+        unique_bytes=rows + logits + 12 * listed,
+        flops_issued=2 * tiles * LISTED * (8 if M <= 8 else STATES) * cdiv(K, 64) * 64,
+        flops_useful=2 * M * listed * K,
+        resident_bytes=M * K * size + logits,
+    )
+
+
 def cases() -> list[CountedCase]:
     """The heads of the benchmark, without a basis and with one, k = 1."""
     return list(_cases())
@@ -71,5 +122,7 @@ def _cases() -> Iterator[CountedCase]:
                 codes, basis = meta(T, tile_bytes(G, wide), dtype=torch.uint8), meta(GROUP * G, K)
                 parts = meta(T * TILE), None if word == "plain" else basis, meta(G), meta(G)
                 fields = {"m": rows, "vocab": V, "d": K, "k": 1}
-                make = partial(count, x, weight, codes, *parts, 1e-3, wide, 1)
-                yield CountedCase(f"{name}-{rows}-{word}", "bf16", make, fields)
+                flat = (x, weight, codes, *parts, 1e-3, wide, 1)
+                yield CountedCase(
+                    f"{name}-{rows}-{word}", "bf16", partial(count, *flat), fields, partial(count_cuda, *flat)
+                )

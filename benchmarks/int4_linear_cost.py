@@ -69,7 +69,7 @@ def products(launch: Launch, inputs: int) -> Count:
 
 
 def cuda_tile(M: int, N: int, codebook: bool) -> tuple[int, int]:
-    """Outputs and rows of a tile of the kernel in CUDA C++."""
+    """Lines of codes and rows of x of a tile of the kernel in CUDA C++."""
     wide = N >= 8192
     if M <= 4 and not wide:
         return 16, 8
@@ -79,14 +79,15 @@ def cuda_tile(M: int, N: int, codebook: bool) -> tuple[int, int]:
 def cuda_count(*flat: Any) -> Count:
     """The same of the kernel in CUDA C++; a bias, which every result reads, counts once for each of its rows.
 
-    What a permutation costs is torch's and left out.
+    Where zeros are floats, one line of a tile is ones. What a permutation costs is torch's and left out.
     """
     x, qweight, scales, zeros, codebook, _, bias = flat[:7]
     N, K, M = qweight.shape[0], 2 * qweight.shape[1], x.shape[:-1].numel()
     inputs = M * K * x.element_size()
-    outputs, tokens = cuda_tile(M, N, codebook is not None)
-    across, down, out = cdiv(M, tokens), cdiv(N, outputs), M * N * x.element_size()
-    products = (outputs // 16 + (zeros is not None)) * cdiv(K, 128) * 8 * cdiv(M, 8) * down
+    lines, tokens = cuda_tile(M, N, codebook is not None)
+    ones = zeros is not None and zeros.dtype != torch.uint8
+    across, down, out = cdiv(M, tokens), cdiv(N, lines - ones), M * N * x.element_size()
+    products = lines // 16 * cdiv(K, 128) * 8 * cdiv(M, 8) * down
     looked_up = 4 * size(codebook) * across * down  # by each of four warps
     return Count(
         bytes=across * size(qweight, scales, zeros) + down * inputs + looked_up + M * size(bias) + out,

@@ -13,7 +13,7 @@ from .int4_sparse_linear import SHAPES
 from .linear_cost import sums
 from .roofline import Count, CountedCase
 from .sparse_linear import CHOICES
-from .sparse_linear_cost import search
+from .sparse_linear_cost import CHUNK, chunk_sums, list_bytes, search
 
 
 def count(*flat: Any) -> Count:
@@ -57,6 +57,23 @@ def products(launch: Launch, codes: int) -> Count:
     )
 
 
+def count_cuda(*flat: Any) -> Count:
+    """The same of the kernels in CUDA C++, which multiply on no tensor core."""
+    x, codes, scales, zeros, codebook, _, index, counted, bias, group, *_ = flat
+    M, (K, width), N = x.shape[:-1].numel(), codes.shape, scales.shape[1]
+    listed, rows = min(int(counted), len(index)), 1 if M == 1 else 4
+    across, down, chunks = cdiv(M, rows), cdiv(N, 256), max(cdiv(K, CHUNK), 1)
+    groups = sum(cdiv(min(CHUNK, K - begin), group) for begin in range(0, K, CHUNK))
+    of_group = sum(some.element_size() for some in (scales, zeros) if some is not None)
+    inputs, sums, out = M * K * x.element_size(), chunk_sums(M, N, K), M * N * x.element_size()
+    of_tile = listed * width + groups * N * of_group + down * (list_bytes(index, listed, K) + chunks * size(codebook))
+    return Count(
+        bytes=across * of_tile + down * inputs + 2 * sums + out + M * size(bias),
+        unique_bytes=listed * (width + 4) + 4 + size(scales, zeros, codebook, bias) + inputs + 2 * sums + out,
+        resident_bytes=inputs + sums + 4 * listed,  # tiles of rows that share codes run at the same time
+    )
+
+
 def cases() -> list[CountedCase]:
     """The shapes of the benchmark, exact mode, bf16; as many channels as each row keeps are listed."""
     return list(_cases())
@@ -74,4 +91,4 @@ def _cases() -> Iterator[CountedCase]:
             weight, numbers = (codes, scales, zeros, None, None), (group, 0 if zeros is None else 1, 0)
             flat = (x, *weight, index, torch.tensor([listed]).int(), None, *numbers)
             fields = {"m": rows, "n": N, "k": K, "group_size": group, "mode": "exact"}
-            yield CountedCase(f"{shape}-{choice}", "bf16", partial(count, *flat), fields)
+            yield CountedCase(f"{shape}-{choice}", "bf16", partial(count, *flat), fields, partial(count_cuda, *flat))

@@ -8,7 +8,7 @@ from scrimp.kernels.kv_compact import launches
 from torch import Tensor
 
 from .kv_compact import CAPACITY, MODELS, PATHS
-from .roofline import Against, Count, CountedCase
+from .roofline import Count, CountedCase
 
 
 def count(cache: Tensor, start: Tensor, path: Tensor) -> Count:
@@ -35,13 +35,6 @@ def _count(cache: Tensor, start: Tensor, path: Tensor, tile: int) -> Count:
     return Count(bytes=moved * row + L * G * looked_up, unique_bytes=touched * row + looked_up)
 
 
-def _against_cuda() -> dict[str, tuple[Count, Count]]:
-    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in _cases() if case.dtype == "bf16"}
-
-
-AGAINST: Against = {"cuda-c++": _against_cuda}
-
-
 def cases() -> list[CountedCase]:
     """Those of the benchmark."""
     return list(_cases())
@@ -54,4 +47,5 @@ def _cases() -> Iterator[CountedCase]:
                 cache = torch.empty(2 * layers, 1, G, CAPACITY, D, dtype=dtype, device="meta")
                 start, path = torch.tensor([CAPACITY // 2]).int(), torch.tensor([rows]).int()
                 fields = {"m": len(rows), "batch": 1, "layers": layers, "kv_heads": G, "head_dim": D}
-                yield CountedCase(f"{model}-{name}", word, partial(count, cache, start, path), fields)
+                ours, cuda = partial(count, cache, start, path), partial(count_cuda, cache, start, path)
+                yield CountedCase(f"{model}-{name}", word, ours, fields, cuda)

@@ -12,24 +12,25 @@ from .roofline import Count
 BLOCK, SIZE = 64, 2  # rows and keys of a tile; bytes of a number
 
 
-def slashes(n: int, head: int) -> tuple[Tensor, Tensor]:
-    """1,000 columns and 6,096 diagonals of a head: columns int64 [1000], bands int64 [runs, 2] (start, width).
+def slashes(n: int, head: int, columns: int = 1000, diagonals: int = 6096) -> tuple[Tensor, Tensor]:
+    """Columns int64 [columns] and diagonals, bands int64 [runs, 2] (start, width), of a head.
 
     The first 30 columns and the nearest 100 diagonals are there, as MInference forces them. The other columns are
     scattered; the other diagonals lie in runs of 1 to 100 (50 on average) that do not touch, at random distances.
     """
     chance = torch.Generator().manual_seed(head)
-    columns = torch.cat([torch.arange(30), 30 + torch.randperm(n - 30, generator=chance)[:970]]).sort().values
-    widths, left = [], 6096 - 100
+    scattered = 30 + torch.randperm(n - 30, generator=chance)[: columns - 30]
+    widths, left = [], diagonals - 100
     while left:
         widths.append(min(int(torch.randint(1, 101, (), generator=chance)), left))
         left -= widths[-1]
-    width = torch.tensor(widths)
+    width = torch.tensor(widths, dtype=torch.int64)
     # Distances between the runs: points thrown on what the runs leave free.
     free = n - 101 - int((width + 1).sum())
     gaps = torch.randint(0, free, (len(widths),), generator=chance).sort().values
     start = 101 + gaps + (width + 1).cumsum(0) - (width + 1)
-    return columns, torch.cat([torch.tensor([[0, 100]]), torch.stack([start, width], 1)])
+    bands = torch.cat([torch.tensor([[0, 100]]), torch.stack([start, width], 1)])
+    return torch.cat([torch.arange(30), scattered]).sort().values, bands
 
 
 def top_blocks(n: int, head: int) -> Tensor:

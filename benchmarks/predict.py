@@ -60,6 +60,8 @@ def main(args: argparse.Namespace) -> int:
     for op in asked:
         print(f"\n{op}")
         print("\n".join(table([row for row in rows if row["op"] == op])))
+        if not published(op):
+            print("no figure that others publish of like work is known to us")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -75,11 +77,14 @@ def _rates(name: str) -> str:
 
 
 def predicted(op: str, device: str, text: str = "") -> list[Row]:
-    """One row per case whose name contains `text`."""
+    """One row per case whose name contains `text`, two where there are kernels in Triton and in CUDA C++."""
     rows = []
     for case in cost_file(op).cases():
         if text in f"{case.name}-{case.dtype}":
             shape = dict(case.fields) | {"case": case.name, "dtype": case.dtype}
+            if case.cuda:
+                rows.append(row(op, device, shape | {"kernel": "CUDA C++"}, case.cuda(), case.dtype))
+                shape["kernel"] = "Triton"
             rows.append(row(op, device, shape, case.count(), case.dtype))
     return rows
 

@@ -1,7 +1,8 @@
 """What a call's kernels do, counted from shapes, and the time that a named GPU's data sheet allows for it.
 
-`benchmarks/<op>_cost.py` holds an op's formulas: `count(*flat) -> Count` of the same flat arguments as the op's
-`launches` (large tensors may be on the meta device) and `cases() -> list[CountedCase]`.
+`benchmarks/<op>_cost.py` holds an op's formulas: `count(*flat) -> Count` of the kernels in Triton for the same flat
+arguments as the op's `launches` (large tensors may be on the meta device), `count_cuda(*flat)` of those in CUDA C++,
+and `cases() -> list[CountedCase]`.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ class CountedCase:
         dtype: "bf16", "fp16" or "fp32": the rate of the tensor cores.
         fields: what the row says of the case: batch, heads, kv_heads, n, head_dim, plan, density, ...
         count: computes the counts.
+        cuda: computes those of the kernels in CUDA C++, where they take the case; `count` is Triton's then.
     """
 
     name: str
     dtype: str
     count: Callable[[], Count]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    cuda: Callable[[], Count] | None = None
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,11 @@ def work_of_cuda(
     return Work(steps, loaded, int(n_ranges.sum()), int(looked_at.sum()), touched), shared + groups
 
 
+def order_bytes(blocks: int, programs: int, range_loads: int) -> tuple[int, int]:
+    """Of the two kernels that sort blocks; those that are no programs have no rows. Row starts are left out."""
+    return 16 * programs + 8 * range_loads + 4 * blocks, 12 * blocks
+
+
 def count_cuda(*flat: Any) -> Count:
     """Of one call to the kernel in CUDA C++. What is read again is left out: ranges, for each step of columns."""
     q, k, *plan, row_start, q_block, q_offset, causal, _ = (*flat[:2], *flat[3:])
@@ -223,7 +228,7 @@ def count_cuda(*flat: Any) -> Count:
     blocks = B * H // group * -(-n_q // q_block) * -(-q_block * group // block)
     splits = min(512 // blocks, -(-(n_k + min(plan[2].shape[2], n_k)) // piece) // 8)  # at least 8 steps each
     splits = min(max(splits, 1), 32)
-    moved = steps = programs = partial = 0
+    moved = steps = programs = partial = range_loads = 0
     keys_of: dict[tuple[int, int], Tensor] = {}
     for b in range(samples):
         p = Programs.of(
@@ -244,11 +249,15 @@ def count_cuda(*flat: Any) -> Count:
             moved += same * (rows * (2 * D + 4) + read + 4 * D * w.keys)
             steps += same * w.pieces
             programs += same * len(p.tile)
+            range_loads += same * w.range_loads
     touched = sum(int(keys.sum()) for keys in keys_of.values()) * (B * G // len(keys_of)) * 4 * D
+    in_order = blocks if splits == 1 and n_k >= 1024 and 256 < blocks <= 4096 else 0
+    if in_order:  # their steps counted, sorted, and the place of its block read by each of four warps
+        moved += sum(order_bytes(blocks, programs, range_loads)) + 16 * blocks
     together = min(B * G, -(-TOGETHER * B * G // max(programs, 1)))
     return Count(
         bytes=moved + partial,
-        unique_bytes=touched + B * H * n_q * (4 * D + 4) + partial + unique_plan(*plan, row_start),
+        unique_bytes=touched + B * H * n_q * (4 * D + 4) + partial + 8 * in_order + unique_plan(*plan, row_start),
         flops_issued=4 * block * piece * D * steps,
         flops_useful=4 * D * pairs(n_q, n_k, plan, row_start, q_block, q_offset, causal, B, H),
         exps=steps * block * (piece + 4) + (32 * B * H * n_q if splits > 1 else 0),

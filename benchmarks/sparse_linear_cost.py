@@ -55,6 +55,43 @@ def products(launch: Launch, listed: int) -> Count:
     )
 
 
+# In CUDA C++: channels of a block, its warps, entries of the list that it looks at first.
+CHUNK, WARPS, PROBES = 512, 8, 64
+
+
+def count_cuda(
+    x: Tensor, weight: Tensor, index: Tensor, counted: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Count:
+    """The same of the kernels in CUDA C++, which multiply on no tensor core."""
+    M, (K, N), size = x.shape[:-1].numel(), weight.shape, x.element_size()
+    listed, rows = min(int(counted), len(index)), 1 if M == 1 else 4 if M <= 4 else 8
+    across, down = cdiv(M, rows), cdiv(N, 512 // size)  # tiles of rows, of outputs
+    weights, inputs = listed * N * size, M * K * size
+    ends = M * N * size * (1 + (bias is not None) + (residual is not None))
+    sums = chunk_sums(M, N, K)
+    return Count(
+        bytes=across * (weights + down * list_bytes(index, listed, K)) + down * inputs + 2 * sums + ends,
+        unique_bytes=weights + inputs + 4 * listed + 4 + 2 * sums + ends - (0 if bias is None else (M - 1) * N * size),
+        resident_bytes=inputs + sums + 4 * listed,  # tiles of rows that share weights run at the same time
+    )
+
+
+def list_bytes(index: Tensor, listed: int, K: int) -> int:
+    """What blocks, one for each chunk, read of a list: probes, its length in each warp, entries around their chunk."""
+    apart = max(cdiv(len(index), PROBES), 1)
+    read = 0
+    for begin in range(0, K, CHUNK):
+        below = int((index[:listed:apart] < begin).sum())
+        first = max(below - 1, 0) * apart
+        read += cdiv(len(index), apart) + WARPS + max(min(apart + CHUNK, listed - first), 0)
+    return 4 * read
+
+
+def chunk_sums(M: int, N: int, K: int) -> int:
+    """Bytes of the sums of chunks, which a second kernel adds up where there are several."""
+    return 4 * cdiv(K, CHUNK) * M * N if K > CHUNK else 0
+
+
 def cases() -> list[CountedCase]:
     """The shapes of the benchmark; as many channels as each row keeps are listed."""
     return list(_cases())
@@ -66,5 +103,5 @@ def _cases() -> Iterator[CountedCase]:
             listed = round(K * (1 - sparsity**rows))
             x, weight = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((rows, K), (K, N)))
             index = torch.linspace(0, K - 1, listed).int()
-            flat = (x, weight, index, torch.tensor([listed]).int(), None, None)
-            yield CountedCase(f"{shape}-{choice}", "bf16", partial(count, *flat), {"m": rows, "n": N, "k": K})
+            flat, fields = (x, weight, index, torch.tensor([listed]).int(), None, None), {"m": rows, "n": N, "k": K}
+            yield CountedCase(f"{shape}-{choice}", "bf16", partial(count, *flat), fields, partial(count_cuda, *flat))

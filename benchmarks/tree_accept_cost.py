@@ -11,7 +11,7 @@ from scrimp.kernels.launch import cdiv
 from scrimp.kernels.tree_accept import launches
 from torch import Tensor
 
-from .roofline import Against, Count, CountedCase
+from .roofline import Count, CountedCase
 from .tree_accept import STEPS, VOCABULARY
 
 
@@ -38,13 +38,6 @@ def _count(logits: Tensor, chunks: int, best: int) -> Count:
     )
 
 
-def _against_cuda() -> dict[str, tuple[Count, Count]]:
-    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in _cases() if case.dtype == "bf16"}
-
-
-AGAINST: Against = {"cuda-c++": _against_cuda}
-
-
 def cases() -> list[CountedCase]:
     """The shapes of the benchmark."""
     return list(_cases())
@@ -58,4 +51,5 @@ def _cases() -> Iterator[CountedCase]:
             tokens = torch.empty(1, T, dtype=torch.int64, device="meta")
             number = torch.empty(1, dtype=torch.int64, device="meta")
             flat = (logits, tokens, tokens.int(), number.float(), number, number)
-            yield CountedCase(f"{model}-{T}", word, partial(count, *flat), {"m": T, "batch": 1, "vocab": V})
+            fields = {"m": T, "batch": 1, "vocab": V}
+            yield CountedCase(f"{model}-{T}", word, partial(count, *flat), fields, partial(count_cuda, *flat))

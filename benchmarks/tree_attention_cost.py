@@ -13,7 +13,7 @@ from scrimp.kernels.launch import Launch, cdiv
 from scrimp.kernels.tree_attention import launches
 from torch import Tensor
 
-from .roofline import Against, Count, CountedCase
+from .roofline import Count, CountedCase
 from .tree_attention import MODELS, tree
 
 
@@ -131,13 +131,6 @@ def count_cuda(
     )
 
 
-def _against_cuda() -> dict[str, tuple[Count, Count]]:
-    return {case.name: (case.count(), count_cuda(*case.count.args)) for case in _cases()}
-
-
-AGAINST: Against = {"cuda-c++": _against_cuda}
-
-
 def cases() -> list[CountedCase]:
     """One token and a tree of 16 over caches of 4K and 32K tokens."""
     return list(_cases())
@@ -151,4 +144,4 @@ def _cases() -> Iterator[CountedCase]:
         k = torch.empty(1, G, n + T, D, dtype=torch.bfloat16, device="meta")
         flat = (q, k, k, torch.tensor([n], dtype=torch.int32), tree(T) if T > 1 else None, 0, D**-0.5)
         fields = {"m": T, "batch": 1, "heads": H, "kv_heads": G, "n": n, "head_dim": D}
-        yield CountedCase(f"{model}-{n}-{T}", "bf16", partial(count, *flat), fields)
+        yield CountedCase(f"{model}-{n}-{T}", "bf16", partial(count, *flat), fields, partial(count_cuda, *flat))

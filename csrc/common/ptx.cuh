@@ -13,10 +13,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// (word & mask) | bits in one instruction, which the compiler makes two of where both are constants.
-__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+// (word & mask) ^ bits in one instruction, which the compiler makes two of where both are constants.
+__device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32_t bits) {
   uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
   return result;
 }
 

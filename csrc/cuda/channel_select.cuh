@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(kThreads) channel_select_cut_kernel(const __gr
   for (int warp = 0; warp < kWarps; ++warp) largest = max(largest, most[warp]);
 
   const bool share = p.rule == SelectRule::top_p;
-  Scores scores = {reinterpret_cast<const uint4*>(bits), (K + 3) / 4, share ? static_cast<int>(largest >> 23) : -1};
-  scores.top = share ? max(scores.top, 1) : -1;
+  const int top = share ? max(static_cast<int>(largest >> 23), 1) : -1;
+  Scores scores = {reinterpret_cast<const uint4*>(bits), (K + 3) / 4, top};
   Cut cut = {INFINITY, -1};
   if (share && level >= 1)
     cut.score = 0.0f;

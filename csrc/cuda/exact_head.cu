@@ -39,7 +39,7 @@ static void launch(const Arguments& p, cudaStream_t stream) {
   const auto states = static_cast<uint32_t>(p.M);
   constexpr int kShared = kStages * kStageNumbers<kColumns> * static_cast<int>(sizeof(T));
   cudaFuncSetAttribute(exact_head_rerank_kernel<T, kColumns>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  exact_head_state_kernel<T><<<static_cast<uint32_t>(p.padded), 32, 0, stream>>>(p);
+  exact_head_state_kernel<T><<<static_cast<uint32_t>(p.padded), kThreads, 0, stream>>>(p);
   exact_head_screen_kernel<kColumns><<<blocks(p.T, 2 * kWarps), kThreads, 0, stream>>>(p);
   exact_head_select_kernel<<<states, kThreads, 0, stream>>>(p);
   for (const bool last : {false, true}) {
@@ -65,7 +65,7 @@ static std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& wei
   SCRIMP_CHECK(K > 0 && K % 8 == 0 && aligned(weight, weight.stride(0)),
                "exact_head: rows of weight must begin at multiples of 16 bytes in CUDA C++");
   SCRIMP_CHECK(aligned(codes, 0) && aligned(scales, 0), "exact_head: the screen must begin at a multiple of 16 bytes");
-  SCRIMP_CHECK(V <= INT32_MAX - 2 * kListed && K <= INT32_MAX - 2 * kDepth, "exact_head: a weight of shape ",
+  SCRIMP_CHECK(V <= INT32_MAX - 32 * kTile && K <= INT32_MAX - 2 * kDepth, "exact_head: a weight of shape ",
                shape_text(weight), " is too large");
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

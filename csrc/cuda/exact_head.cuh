@@ -53,19 +53,21 @@ __device__ __forceinline__ T sum_of_warp(T mine) {
   return mine;
 }
 
-// One state a block of one warp, zeros behind the last. Byte 16 q + 4 j + b of a group's pieces is what tensor cores
-// ask of lane q: byte b of the codes' word q + 4 j.
+// One state a block, a group a warp, zeros behind the last state. Byte 16 q + 4 j + b of a group's pieces is what
+// tensor cores ask of lane q: byte b of the codes' word q + 4 j.
 template <class T>
-__global__ void __launch_bounds__(32) exact_head_state_kernel(const __grid_constant__ Arguments p) {
-  const int m = blockIdx.x, lane = threadIdx.x;
+__global__ void __launch_bounds__(kThreads) exact_head_state_kernel(const __grid_constant__ Arguments p) {
+  __shared__ double parts[3][kWarps];  // squares, terms, sums
+  const int m = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* x = static_cast<const T*>(p.x) + m * p.x_m;
   const bool exists = m < p.M;
   double squares = 0, terms = 0, sums = 0;
   bool sound = true;
-  for (int i = lane; exists && i < p.K; i += 32) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  const double length = sqrt(sum_of_warp(squares));
+  for (int i = threadIdx.x; exists && i < p.K; i += kThreads)
+    squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  squares = sum_of_warp(squares);
 #pragma unroll 1
-  for (int g = 0; g < p.G; ++g) {
+  for (int g = warp; g < p.G; g += kWarps) {
     float h[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -105,11 +107,14 @@ __global__ void __launch_bounds__(32) exact_head_state_kernel(const __grid_const
     terms += size * p.error[g] + left * p.norm[g];
     sums += (size + left) * p.norm[g];
   }
-  sound = __all_sync(kAll, sound);
-  if (lane != 0 || !exists) return;
+  if (!__all_sync(kAll, sound)) terms = INFINITY;
+  if (lane == 0) parts[0][warp] = squares, parts[1][warp] = terms, parts[2][warp] = sums;
+  __syncthreads();
+  if (threadIdx.x != 0 || !exists) return;
+  for (int i = 1; i < kWarps; ++i) squares += parts[0][i], terms += parts[1][i], sums += parts[2][i];
   const double rounding = (2 * p.G + 8) * 0x1p-24;  // of the screen's own fp32 sums
-  const float found = static_cast<float>((terms + rounding * sums + length * p.slack) * (1 + 0x1p-20));
-  p.bound[m] = sound && found < INFINITY ? found : INFINITY;
+  const float found = static_cast<float>((terms + rounding * sums + sqrt(squares) * p.slack) * (1 + 0x1p-20));
+  p.bound[m] = found < INFINITY ? found : INFINITY;
 }
 
 // Eight states a column of tensor cores' tiles, 32 rows of the head a warp: two tiles, of which a lane holds four rows.

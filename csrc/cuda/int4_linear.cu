@@ -24,7 +24,8 @@ static void launch(Arguments p, cudaStream_t stream) {
   p.chunk = static_cast<int>(p.groups_of_block ? std::min<int64_t>(Tile::kGroups / p.groups_of_block, all) : all);
   p.chunk_groups = p.groups_of_block ? static_cast<uint32_t>(p.chunk * p.groups_of_block) : 1;
   p.tiles = (p.M + 8 * Tile::kTokens - 1) / (8 * Tile::kTokens);
-  const int64_t grid = (static_cast<int64_t>(p.N) + Tile::kOutputs - 1) / Tile::kOutputs * p.tiles;
+  constexpr int64_t kEach = kOutputs<Form, Tile>;
+  const int64_t grid = (p.N + kEach - 1) / kEach * p.tiles;
   SCRIMP_CHECK(grid <= INT32_MAX, "int4_linear: ", p.M, " rows and ", p.N, " outputs are ", grid,
                " tiles; one launch has at most ", INT32_MAX);
   constexpr int kBytes = kShared<Form, Tile>;
@@ -34,7 +35,7 @@ static void launch(Arguments p, cudaStream_t stream) {
 }
 
 template <class T>
-static void launch_as(const Arguments& p, cudaStream_t stream) {
+static void launch_as(const Arguments& p, bool byte_zeros, cudaStream_t stream) {
   const auto launch_tile = [&]<class Form>(Form) {
     const bool wide = p.N >= kWide;
     if (p.M <= 4 && !wide) return launch<T, Form, Few>(p, stream);
@@ -43,7 +44,9 @@ static void launch_as(const Arguments& p, cudaStream_t stream) {
     }
     launch<T, Form, Some>(p, stream);
   };
-  p.codebook ? launch_tile(Codebook()) : p.zeros ? launch_tile(Zeros()) : launch_tile(Plain());
+  if (p.codebook) return launch_tile(Codebook());
+  if (!p.zeros) return launch_tile(Plain());
+  byte_zeros ? launch_tile(ByteZeros()) : launch_tile(Zeros());
 }
 
 static bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0; }
@@ -118,10 +121,9 @@ static Tensor run(const Tensor& x_in, const Tensor& qweight, const Tensor& scale
                        .last_word = last_word,
                        .groups_of_block = grouped ? 4 / (last_word + 1) : 0,
                        .scale_type = *float_type(problem.scales),
-                       .kind = problem.kind,
-                       .byte_zeros = problem.byte_zeros};
+                       .kind = problem.kind};
   const auto launch_dtype = x.scalar_type() == ScalarType::Half ? launch_as<__half> : launch_as<__nv_bfloat16>;
-  launch_dtype(p, static_cast<cudaStream_t>(stream));
+  launch_dtype(p, problem.byte_zeros, static_cast<cudaStream_t>(stream));
   const cudaError_t status = cudaGetLastError();
   SCRIMP_CHECK(status == cudaSuccess, "int4_linear: the launch failed: ", cudaGetErrorString(status));
   return out;

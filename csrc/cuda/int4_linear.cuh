@@ -1,10 +1,14 @@
 // int4_linear, the kernel: tiles of y^T = W x^T on tensor cores, the codes straight from their canonical bytes.
 //
 // A word of 32 bits holds 8 columns of a row of W. Shifted by 4 i and masked, it leaves columns i and 4 + i in its
-// halves, which under an exponent are two 16-bit floats `base + q`. A product sums over columns in any order, as long
-// as W and x agree on it: thread t of the four that share a row takes columns 8 t to 8 t + 7 of every 32, and of x,
-// too, column i beside column 4 + i. So nothing is shuffled beforehand, and groups of 32 columns and more are sums of
-// whole products: D is exact in the codes, and scale and zero meet it in fp32.
+// halves, which under an exponent are two 16-bit floats, `base + q` or, with inverted bits, `base - q`. A product sums
+// over columns in any order, as long as W and x agree on it: thread t of the four that share a row takes columns 8 t to
+// 8 t + 7 of every 32, and of x, too, column i beside column 4 + i. So nothing is shuffled beforehand, and groups of 32
+// columns and more are sums of whole products: D is exact in the codes, and the scale meets it in fp32.
+//
+// Zeros of 8 bits go with the base: q - z is exact. Where zeros are floats, the last of the 16, 32 or 64 lines of a
+// tile is no output but ones: its product is the sum of the inputs, which zeros multiply in fp32. A product for the sum
+// alone would cost as much as 16 lines.
 //
 // Each of the four warps takes every fourth block of 128 columns, through a ring of its own that asynchronous copies
 // fill: the loop has no barrier. The four sums are added at the end in one order. A row's bits depend neither on the
@@ -26,8 +30,9 @@ namespace scrimp::cuda::int4_linear {
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kBlock = 128, kBlockBytes = kBlock / 2;  // columns of a warp's turn, bytes of their codes in a row
 
-// What a code q stands for: (q - 8) s, (q - 8) s + what a zero adds, c[q] s.
+// What a code q stands for: (q - 8) s, (q - z) s with z of 8 bits, (q - 8) s + what a zero adds, c[q] s.
 struct Plain {};
+struct ByteZeros {};
 struct Zeros {};
 struct Codebook {};
 
@@ -47,18 +52,17 @@ struct Arguments {
   int tiles = 0;              // of rows of x
   FloatType scale_type;
   Int4Zeros kind;
-  bool byte_zeros;
 };
 
-// 16 kRows_ outputs by 8 kTokens_ rows of x. Codes are asked for kStages_ - 1 blocks ahead, x for kAhead_ times 32
-// columns; kGroups_ scales of an output are in shared memory at a time.
+// 16 kRows_ lines of codes by 8 kTokens_ rows of x. Codes are asked for kStages_ - 1 blocks ahead, x for kAhead_ times
+// 32 columns; kGroups_ scales of a line are in shared memory at a time.
 template <int kRows_, int kTokens_, int kStages_, int kAhead_, int kGroups_, int kResident_>
 struct Tile {
   static constexpr int kRows = kRows_, kTokens = kTokens_, kStages = kStages_, kAhead = kAhead_, kResident = kResident_;
-  static constexpr int kOutputs = 16 * kRows, kStageBytes = kOutputs * kBlockBytes;
+  static constexpr int kLines = 16 * kRows, kStageBytes = kLines * kBlockBytes;
   static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
   static constexpr int kGroups = kGroups_, kPitch = kGroups + 1;  // of scales: rows begin in different banks
-  static constexpr int kSumPitch = kOutputs + 4;                  // of sums: rows of x 2 apart are 8 banks apart
+  static constexpr int kSumPitch = kLines + 4;                    // of sums: rows of x 2 apart are 8 banks apart
   static_assert(kWarps * 8 * kTokens * kSumPitch * 4 <= kRingBytes, "the sums take the ring's place");
 };
 
@@ -79,20 +83,28 @@ __device__ inline uint32_t bits_of(Pair pair) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Codes number i and 4 + i of a word as a pair of T: exact.
+// A pair of T that stands for a zero of 8 bits: 1024 + z, or in bf16, which has no odd numbers above 256, 143 - z.
+template <class T>
+__device__ inline uint32_t shift_of(uint32_t z) {
+  const uint32_t bits = std::is_same_v<T, __half> ? 0x6400 + z : __float_as_uint(143.0f - static_cast<float>(z)) >> 16;
+  return bits << 16 | bits;
+}
+
+// Codes number i and 4 + i of a word as a pair of T, less the zero that `shift` stands for: exact.
 template <class T, class Form>
 struct Codes {
   __device__ explicit Codes(const int8_t*) {}
-  __device__ uint32_t operator()(uint32_t word, int i) const {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // 128 + q, less 136
-      const uint32_t based = ptx::and_or(word >> 4 * i, 0x000f000f, 0x43004300);
-      return bits_of(__hsub2(pair_of<T>(based), pair_of<T>(0x43084308)));
-    } else if (i % 2 == 0) {  // 1024 + q, less 1032
-      const uint32_t based = ptx::and_or(word >> 4 * i, 0x000f000f, 0x64006400);
-      return bits_of(__hsub2(pair_of<T>(based), pair_of<T>(0x64086408)));
-    } else {  // 1024 + 16 q, a sixteenth of it, less 72
-      const uint32_t based = ptx::and_or(word >> 4 * (i - 1), 0x00f000f0, 0x64006400);
-      return bits_of(__hfma2(pair_of<T>(based), pair_of<T>(0x2c002c00), pair_of<T>(0xd480d480)));
+  __device__ uint32_t operator()(uint32_t word, int i, uint32_t shift) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // 143 - z, less 128 + 15 - q
+      const uint32_t based = ptx::and_xor(word >> 4 * i, 0x000f000f, 0x430f430f);
+      return bits_of(__hsub2(pair_of<T>(shift), pair_of<T>(based)));
+    } else if (i % 2 == 0) {  // 1024 + q, less 1024 + z
+      const uint32_t based = ptx::and_xor(word >> 4 * i, 0x000f000f, 0x64006400);
+      return bits_of(__hsub2(pair_of<T>(based), pair_of<T>(shift)));
+    } else {  // 1024 + 16 q, a sixteenth of it, plus 960 - (1024 + z)
+      const uint32_t based = ptx::and_xor(word >> 4 * (i - 1), 0x00f000f0, 0x64006400);
+      const Pair<T> less = __hsub2(pair_of<T>(0x63806380), pair_of<T>(shift));
+      return bits_of(__hfma2(pair_of<T>(based), pair_of<T>(0x2c002c00), less));
     }
   }
 };
@@ -105,7 +117,7 @@ struct Codes<T, Codebook> {
     const T value = T(static_cast<float>(codebook[threadIdx.x % 16]));
     entry = reinterpret_cast<const uint16_t&>(value);
   }
-  __device__ uint32_t operator()(uint32_t word, int i) const {
+  __device__ uint32_t operator()(uint32_t word, int i, uint32_t) const {
     const uint32_t low = __shfl_sync(~0u, entry, word >> 4 * i), high = __shfl_sync(~0u, entry, word >> (16 + 4 * i));
     return low | high << 16;
   }
@@ -117,26 +129,49 @@ __device__ inline float number(const void* from, int64_t at, FloatType type) {
   return __half2float(static_cast<const __half*>(from)[at]);
 }
 
-// A group's scale s, and with zeros what multiplies the sum of its inputs, too:
-// (q - z) s = (q - 8) s + (8 - z) s, and q s + z = (q - 8) s + (8 s + z).
-template <class Form>
-using Scale = std::conditional_t<std::is_same_v<Form, Zeros>, float2, float>;
+// Outputs of a tile: its lines, but for the ones.
+template <class Form, class Tile>
+constexpr int kOutputs = Tile::kLines - std::is_same_v<Form, Zeros>;
 
+// A group's scale s, and with zeros what they shift codes by, or what multiplies the sum of the inputs:
+// (q - z) s = (q - 8) s + (8 - z) s, and q s + z = (q - 8) s + (8 s + z).
+struct alignas(8) Shifted {
+  float s;
+  uint32_t shift;
+};
+template <class Form>
+using Scale = std::conditional_t<std::is_same_v<Form, ByteZeros>, Shifted,
+                                 std::conditional_t<std::is_same_v<Form, Zeros>, float2, float>>;
+
+template <class T>
 __device__ inline void load_scale(const Arguments& p, int64_t at, float& to) {
   to = number(p.scales, at, p.scale_type);
 }
+template <class T>
+__device__ inline void load_scale(const Arguments& p, int64_t at, Shifted& to) {
+  to = {number(p.scales, at, p.scale_type), shift_of<T>(static_cast<const uint8_t*>(p.zeros)[at])};
+}
+template <class T>
 __device__ inline void load_scale(const Arguments& p, int64_t at, float2& to) {
-  const float s = number(p.scales, at, p.scale_type);
-  const float z = p.byte_zeros ? static_cast<const uint8_t*>(p.zeros)[at] : number(p.zeros, at, p.scale_type);
+  const float s = number(p.scales, at, p.scale_type), z = number(p.zeros, at, p.scale_type);
   to = {s, p.kind == Int4Zeros::offset ? fmaf(8.0f, s, z) : (8.0f - z) * s};
 }
 
+template <class T>
+__device__ inline uint32_t shift_from(Shifted scale) {
+  return scale.shift;
+}
+template <class T, class Scale>
+__device__ inline uint32_t shift_from(Scale) {
+  return shift_of<T>(8);
+}
 __device__ inline float scale_of(float scale) { return scale; }
+__device__ inline float scale_of(Shifted scale) { return scale.s; }
 __device__ inline float scale_of(float2 scale) { return scale.x; }
 
-// Bytes of shared memory: the ring, then scales [outputs][kPitch].
+// Bytes of shared memory: the ring, then scales [kLines][kPitch].
 template <class Form, class Tile>
-constexpr int kShared = Tile::kRingBytes + Tile::kOutputs * Tile::kPitch * static_cast<int>(sizeof(Scale<Form>));
+constexpr int kShared = Tile::kRingBytes + Tile::kLines * Tile::kPitch * static_cast<int>(sizeof(Scale<Form>));
 
 // Launched with tiles of outputs x p.tiles blocks.
 template <class T, class Form, class Tile>
@@ -146,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
   extern __shared__ __align__(16) unsigned char memory[];
   auto* const scales = reinterpret_cast<Scale<Form>*>(memory + Tile::kRingBytes);
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, part = threadIdx.x % 4;
-  const int first_n = blockIdx.x / p.tiles * Tile::kOutputs, first_m = blockIdx.x % p.tiles * 8 * kTokens;
+  const int first_n = blockIdx.x / p.tiles * kOutputs<Form, Tile>, first_m = blockIdx.x % p.tiles * 8 * kTokens;
+  const int end_n = min(first_n + kOutputs<Form, Tile>, p.N);
   const int tokens = min(8 * kTokens, p.M - first_m);
   const int blocks = (p.K + kBlock - 1) / kBlock, bytes_of_row = p.K / 2;
   const int swizzle = row / 2;  // the four pieces of a row of codes change places, so that 8 rows meet in no bank
@@ -155,13 +191,14 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
   // Asks for the codes of the warp's next block, 8 rows at a time; zeros behind the ends.
   unsigned char* const ring = memory + warp * kStages * Tile::kStageBytes + row * kBlockBytes;
   const uint8_t* from = p.codes + static_cast<int64_t>(first_n + row) * bytes_of_row + warp * kBlockBytes + 16 * part;
+  const int lines_left = end_n - first_n - row;
   int columns_left = p.K - warp * kBlock - 32 * part;
   const auto request = [&](int stage) {
+    const int lines = columns_left > 0 ? lines_left : 0;
 #pragma unroll
-    for (int i = 0; i < Tile::kOutputs / 8; ++i)
+    for (int i = 0; i < Tile::kLines / 8; ++i)
       ptx::copy_async(ring + stage * Tile::kStageBytes + 8 * i * kBlockBytes + 16 * (part ^ swizzle),
-                      from + static_cast<int64_t>(i) * 8 * bytes_of_row,
-                      columns_left > 0 && first_n + row + 8 * i < p.N);
+                      from + static_cast<int64_t>(i) * 8 * bytes_of_row, 8 * i < lines);
     ptx::commit_copies();
     from += kTurn / 2;
     columns_left -= kTurn;
@@ -190,11 +227,11 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
     const int first_group = first * p.groups_of_block;
     __syncthreads();
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < Tile::kOutputs * p.chunk_groups; i += kThreads) {
+    for (uint32_t i = threadIdx.x; i < Tile::kLines * p.chunk_groups; i += kThreads) {
       const int n = i / p.chunk_groups, group = i % p.chunk_groups;
       Scale<Form> scale = {};
-      if (first_n + n < p.N && first_group + group < p.groups)
-        load_scale(p, static_cast<int64_t>(first_n + n) * p.groups + first_group + group, scale);
+      if (first_n + n < end_n && first_group + group < p.groups)
+        load_scale<T>(p, static_cast<int64_t>(first_n + n) * p.groups + first_group + group, scale);
       scales[n * Tile::kPitch + group] = scale;
     }
     __syncthreads();
@@ -208,18 +245,25 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
       stage = stage + 1 == kStages ? 0 : stage + 1;
       const Scale<Form>* scale_row = block_scales;
       block_scales += kWarps * p.groups_of_block;
-      float d[kRows][kTokens][4] = {}, sum_x[kTokens][4] = {};  // of a group: codes times inputs, and inputs
+      float d[kRows][kTokens][4] = {};  // of a group: codes times inputs
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         uint32_t words[kRows][2];
 #pragma unroll
         for (int i = 0; i < 2 * kRows; ++i)
           words[i / 2][i % 2] = *reinterpret_cast<const uint32_t*>(now + 8 * i * kBlockBytes + 16 * (j ^ swizzle));
+        uint32_t shifts[kRows][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kRows; ++i) shifts[i / 2][i % 2] = shift_from<T>(scale_row[8 * i * Tile::kPitch]);
+        if constexpr (std::is_same_v<Form, Zeros>) {
+          if (row == 7) words[kRows - 1][1] = 0x99999999;  // ones
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t a[kRows][4];
 #pragma unroll
-          for (int i = 0; i < 4 * kRows; ++i) a[i / 4][i % 4] = codes(words[i / 4][i % 2], 2 * half + i % 4 / 2);
+          for (int i = 0; i < 4 * kRows; ++i)
+            a[i / 4][i % 4] = codes(words[i / 4][i % 2], 2 * half + i % 4 / 2, shifts[i / 4][i % 2]);
 #pragma unroll
           for (int i = 0; i < kTokens; ++i) {
             if (i && 8 * i >= tokens) break;
@@ -228,28 +272,27 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
             const uint32_t b0 = __byte_perm(low, high, 0x5410), b1 = __byte_perm(low, high, 0x7632);
 #pragma unroll
             for (int r = 0; r < kRows; ++r) ptx::multiply<T>(d[r][i], a[r], b0, b1);
-            if constexpr (std::is_same_v<Form, Zeros>) {
-              constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
-              const uint32_t all[4] = {kOne, kOne, kOne, kOne};
-              ptx::multiply<T>(sum_x[i], all, b0, b1);
-            }
           }
         }
         load_inputs(inputs[j % kAhead], (j + kAhead) / 4 * kTurn + (j + kAhead) % 4 * 32);
         if (j < 3 && ((j + 1) & p.last_word)) continue;
+        float sum_x[2 * kTokens];
+        if constexpr (std::is_same_v<Form, Zeros>) {
+#pragma unroll
+          for (int k = 0; k < 2 * kTokens; ++k)
+            sum_x[k] = __shfl_sync(~0u, d[kRows - 1][k / 2][2 + k % 2], 4 * 7 + part);
+        }
 #pragma unroll
         for (int i = 0; i < 2 * kRows; ++i) {
           const Scale<Form> scale = scale_row[8 * i * Tile::kPitch];
 #pragma unroll
           for (int k = 0; k < 2 * kTokens; ++k) {
             float &sum = total[i / 2][k / 2][i % 2 * 2 + k % 2], &product = d[i / 2][k / 2][i % 2 * 2 + k % 2];
-            if constexpr (std::is_same_v<Form, Zeros>) sum = fmaf(sum_x[k / 2][k % 2], scale.y, sum);
+            if constexpr (std::is_same_v<Form, Zeros>) sum = fmaf(sum_x[k], scale.y, sum);
             sum = fmaf(product, scale_of(scale), sum);
             product = 0.0f;
           }
         }
-#pragma unroll
-        for (int i = 0; i < 4 * kTokens; ++i) sum_x[i / 4][i % 4] = 0.0f;
         ++scale_row;
       }
       x += kTurn;
@@ -267,9 +310,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident) int4_linear_kernel(
   }
   __syncthreads();
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < tokens * Tile::kOutputs; i += kThreads) {
-    const int n = i % Tile::kOutputs, m = i / Tile::kOutputs;
-    if (first_n + n >= p.N) continue;
+  for (uint32_t i = threadIdx.x; i < tokens * Tile::kLines; i += kThreads) {
+    const int n = i % Tile::kLines, m = i / Tile::kLines;
+    if (first_n + n >= end_n) continue;
     constexpr int kNext = 8 * kTokens * Tile::kSumPitch;
     const float* const sum = sums + m * Tile::kSumPitch + n;
     float y = (sum[0] + sum[kNext]) + (sum[2 * kNext] + sum[3 * kNext]);

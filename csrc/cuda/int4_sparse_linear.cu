@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/blocks.h"
 #include "common/channel_list.h"
 #include "common/int4_sparse_linear.h"
 #include "cuda/int4_sparse_linear.cuh"
@@ -16,21 +17,17 @@ namespace scrimp::cuda::int4_sparse_linear {
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
-static uint32_t blocks_of(int64_t blocks) {
-  SCRIMP_CHECK(blocks <= INT32_MAX, "int4_sparse_linear: ", blocks, " blocks; one launch has at most ", INT32_MAX);
-  return static_cast<uint32_t>(blocks);
-}
-
 template <class Form, int kRows>
 static void launch(Arguments p, cudaStream_t stream) {
   p.row_tiles = static_cast<uint32_t>((p.M + kRows - 1) / kRows);
   p.tiles = static_cast<uint32_t>((p.ends.N + kOutputs - 1) / kOutputs);
   const auto kernel = int4_sparse_linear_kernel<Form, kRows>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared<Form>);
-  const uint32_t blocks = blocks_of(static_cast<int64_t>(p.row_tiles) * p.tiles * p.chunks);
+  const uint32_t blocks = blocks_of("int4_sparse_linear", static_cast<int64_t>(p.row_tiles) * p.tiles * p.chunks);
   kernel<<<blocks, kThreads, kShared<Form>, stream>>>(p);
   if (p.sums)
-    int4_sparse_linear_sums_kernel<<<blocks_of((p.M * p.ends.N + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    int4_sparse_linear_sums_kernel<<<blocks_of("int4_sparse_linear", (p.M * p.ends.N + kThreads - 1) / kThreads),
+                                     kThreads, 0, stream>>>(p);
 }
 
 template <class Form>

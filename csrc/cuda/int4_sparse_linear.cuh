@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) int4_sparse_linear_kernel(const __gr
         if constexpr (std::is_same_v<Form, Codebook>)
           code = table[word >> 4 * j & 15];
         else  // 2^23 + q, less 2^23 + 8
-          code = __uint_as_float(ptx::and_or(word >> 4 * j, 15, 0x4B000000)) - 8388616.0f;
+          code = __uint_as_float(ptx::and_xor(word >> 4 * j, 15, 0x4B000000)) - 8388616.0f;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) sums[r][j] = fmaf(x.x[r], code, sums[r][j]);
       }

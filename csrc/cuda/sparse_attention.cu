@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "common/sparse_attention.h"
-#include "cuda/sparse_attention.cuh"
+#include "cuda/sparse_attention.order.cuh"
 
 namespace scrimp::cuda::sparse_attention {
 
@@ -67,6 +67,20 @@ static int64_t splits_of(const Arguments& p, int64_t D) {
   return std::clamp<int64_t>(std::min(wanted, steps / kLeastSteps), 1, kMostSplits);
 }
 
+// Splits are alike, beyond a dozen rounds of a large GPU the last blocks hardly matter (docs/gpu-evidence.md has
+// figures), and blocks of few keys would be over before they are sorted.
+static bool sorted(const Arguments& p, int64_t blocks) {
+  return p.splits == 1 && p.n_k >= 1024 && blocks > kFullGrid / 2 && blocks <= 8 * kFullGrid;
+}
+
+static void sort(const Arguments& p, int64_t rows, cudaStream_t stream) {
+  const int blocks = static_cast<int>(blocks_of(p, rows));
+  sparse_attention_steps_kernel<<<divide_up(blocks, kWarps), kThreads, 0, stream>>>(p, rows, blocks);
+  check_launch(cudaGetLastError());
+  sparse_attention_order_kernel<<<1, 32 * kOrderWarps, 0, stream>>>(p.steps, p.order, blocks);
+  check_launch(cudaGetLastError());
+}
+
 template <class T, int D, int kTiles>
 static void attend(const Arguments& p, cudaStream_t stream) {
   using Size = Sizes<D, kTiles>;
@@ -81,6 +95,7 @@ static void attend(const Arguments& p, cudaStream_t stream) {
 
 template <class T, int D>
 static void run_as(const Arguments& p, cudaStream_t stream) {
+  if (p.order) sort(p, rows_of_block(p), stream);
   (rows_of_block(p) == 128 ? attend<T, D, 2> : attend<T, D, 1>)(p, stream);
   if (p.splits == 1) return;
   const int64_t blocks = divide_up(p.n_rows, kWarps);
@@ -130,6 +145,8 @@ static std::tuple<Tensor, Tensor> run(const Tensor& q, const Tensor& k, const Te
         .lse = static_cast<float*>(lse.data_ptr()),
         .partial = nullptr,
         .partial_lse = nullptr,
+        .steps = nullptr,
+        .order = nullptr,
         .q_strides = strides_of(q),
         .k_strides = strides_of(k),
         .v_strides = strides_of(v),
@@ -153,6 +170,13 @@ static std::tuple<Tensor, Tensor> run(const Tensor& q, const Tensor& k, const Te
     if (several) {
       p.partial = static_cast<float*>(partial.data_ptr());
       p.partial_lse = static_cast<float*>(partial_lse.data_ptr());
+    }
+    const int64_t blocks = blocks_of(p, rows_of_block(p)), in_order = sorted(p, blocks) ? blocks : 0;
+    const Tensor steps = torch::stable::new_empty(ranges, {in_order});
+    const Tensor order = torch::stable::new_empty(ranges, {in_order});
+    if (in_order) {
+      p.steps = static_cast<int32_t*>(steps.data_ptr());
+      p.order = static_cast<int32_t*>(order.data_ptr());
     }
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

@@ -6,12 +6,11 @@
 
 namespace scrimp::cuda::sparse_attention {
 
-template <int kRows>
-__device__ __forceinline__ Rows rows_of(const Arguments& p, uint32_t block) {
-  const uint32_t parts = (p.q_block * p.group + kRows - 1) / kRows, tiles = (p.n_q + p.q_block - 1) / p.q_block;
+__device__ __forceinline__ Rows rows_of(const Arguments& p, uint32_t block, int n_rows) {
+  const uint32_t parts = (p.q_block * p.group + n_rows - 1) / n_rows, tiles = (p.n_q + p.q_block - 1) / p.q_block;
   const uint32_t heads = block / (tiles * parts), lanes = p.H / p.group;
   block = tiles * parts - 1 - block % (tiles * parts);  // the last have the most keys where a plan is causal
-  const int tile = block / parts, first = block % parts * kRows;
+  const int tile = block / parts, first = block % parts * n_rows;
   const int head = heads % lanes * p.group, b = heads / lanes;
   return {b, head, tile, first, min(p.q_block, p.n_q - tile * p.q_block) * p.group};
 }
@@ -26,18 +25,17 @@ __device__ __forceinline__ const Value* slice_of(const List& list, const Rows& r
   return reinterpret_cast<const Value*>(list.values + rows.b * list.values_b + h * list.values_h) + first;
 }
 
-template <int kRows>
-__device__ __forceinline__ Tile tile_of(const Arguments& p, const Rows& rows) {
+__device__ __forceinline__ Tile tile_of(const Arguments& p, const Rows& rows, int n_rows) {
   Tile tile;
   tile.ranges = slice_of<int2>(p.ranges, rows, p, tile.n_ranges);
   tile.columns = slice_of<int32_t>(p.columns, rows, p, tile.n_columns);
   tile.safe_high = max(min(rows.token(p, 0) + p.q_offset + 1, p.n_k), 0);
-  tile.high = max(min(rows.token(p, kRows - 1) + p.q_offset + 1, p.n_k), 0);
+  tile.high = max(min(rows.token(p, n_rows - 1) + p.q_offset + 1, p.n_k), 0);
   tile.low = tile.safe_low = 0;
   if (p.row_start) {
     int low = INT32_MAX, safe_low = 0;
 #pragma unroll
-    for (int row = 0; row < kRows; row += 32) {
+    for (int row = 0; row < n_rows; row += 32) {
       const int start = p.row_start[rows.b * p.row_start_b + rows.token(p, row + threadIdx.x % 32)];
       low = min(low, start);
       safe_low = max(safe_low, start);
@@ -60,9 +58,9 @@ __global__ void __launch_bounds__(kThreads, 4 - kTiles) sparse_attention_kernel(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Place& place = reinterpret_cast<Place*>(memory + Size::kPlace)[warp];
   {
-    const Rows rows = rows_of<Size::kRows>(p, blockIdx.x);
+    const Rows rows = rows_of(p, p.order ? p.order[blockIdx.x] : blockIdx.x, Size::kRows);
     if (rows.first >= rows.count) return;
-    const Tile tile = tile_of<Size::kRows>(p, rows);
+    const Tile tile = tile_of(p, rows, Size::kRows);
     if (lane == 0) place = {rows, tile};
     __syncwarp();
   }

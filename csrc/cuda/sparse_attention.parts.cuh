@@ -32,6 +32,8 @@ struct Arguments {
   float* lse;                // [B, H, n_q], contiguous
   float* partial;            // [splits, B, n_q, H, D] and
   float* partial_lse;        // [splits, B, H, n_q] (logarithm to base 2), where there are several splits
+  int32_t* steps;            // [blocks], of 32 keys each, and
+  int32_t* order;            // [blocks], those with many steps first; null where blocks start as they are numbered
   Strides q_strides, k_strides, v_strides;
   int64_t row_start_b, n_rows;  // n_rows = B H n_q
   int32_t H, group, shared_by, n_q, n_k, q_block, q_offset, splits;

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/blocks.h"
 #include "common/channel_list.h"
 #include "common/sparse_linear.h"
 #include "cuda/sparse_linear.cuh"
@@ -15,19 +16,15 @@ namespace scrimp::cuda::sparse_linear {
 
 using torch::headeronly::ScalarType;
 
-static uint32_t blocks_of(int64_t blocks) {
-  SCRIMP_CHECK(blocks <= INT32_MAX, "sparse_linear: ", blocks, " blocks; one launch has at most ", INT32_MAX);
-  return static_cast<uint32_t>(blocks);
-}
-
 template <class T, int kRows>
 static void launch(Arguments p, cudaStream_t stream) {
   p.row_tiles = static_cast<uint32_t>((p.M + kRows - 1) / kRows);
   p.tiles = static_cast<uint32_t>((p.ends.N + kOutputs<T> - 1) / kOutputs<T>);
-  const uint32_t blocks = blocks_of(static_cast<int64_t>(p.row_tiles) * p.tiles * p.chunks);
+  const uint32_t blocks = blocks_of("sparse_linear", static_cast<int64_t>(p.row_tiles) * p.tiles * p.chunks);
   sparse_linear_kernel<T, kRows><<<blocks, kThreads, 0, stream>>>(p);
   if (p.sums)
-    sparse_linear_sums_kernel<T><<<blocks_of((p.M * p.ends.N + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    sparse_linear_sums_kernel<T>
+        <<<blocks_of("sparse_linear", (p.M * p.ends.N + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
 }
 
 template <class T>

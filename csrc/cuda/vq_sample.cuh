@@ -109,6 +109,7 @@ __device__ __forceinline__ void load_scores(float (&score)[kScores], const Argum
 // The threshold with the digit that the weights tell, for all threads of a block: the tokens above the digit weigh less
 // than what is wanted, with those of the digit they weigh it.
 __device__ __forceinline__ Cut next_cut(const Filter& f, int64_t row) {
+  static_assert(kThreads == kDigits);
   __shared__ uint64_t of_warps[kWarps];
   __shared__ Cut found;
   const int digit = threadIdx.x, warp = digit / 32;

@@ -54,13 +54,14 @@ _OnLaunch = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class Run:
-    """One executed launch; `shared` are the bytes of dynamic shared memory it asked for."""
+    """One executed launch; `shared` are the bytes of dynamic shared memory it asked for, `memory` what `call` keeps."""
 
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
     counters: ptx.Counters
+    memory: tuple[np.ndarray, ...] = ()
 
 
 def compiled(op: str) -> ptx.CudaObject:
@@ -125,13 +126,14 @@ def call(
     short: Mapping[str, int] | None = None,
     failure: str = "",
     max_instructions: int = 1 << 40,
+    keep: str = "",
 ) -> tuple[Any, list[Run]]:
     """The results of an op's CUDA implementation on CPU tensors, and what it launched.
 
     `change` maps the beginning of a kernel's name to a change of its own PTX, `short` an argument of the op to the
     bytes that its end lacks in the kernels; with `failure` the launch reports an error of that text. The warps of a
-    launch have at most `max_instructions`. Raises what the launcher raises, or `ptx.EmulatorError` at the first fault
-    of a kernel.
+    launch have at most `max_instructions`. Runs of the kernel `keep` hold copies of what its pointers lead to. Raises
+    what the launcher raises, or `ptx.EmulatorError` at the first fault of a kernel.
     """
     handle = getattr(torch.ops.scrimp, op).default
     names = {arg.data_ptr(): s.name for arg, s in zip(args, handle._schema.arguments, strict=False)
@@ -154,7 +156,9 @@ def call(
             counters = module.launch(
                 name, tuple(grid[0]), tuple(block[0]), arguments, shared, order, max_instructions=max_instructions
             )
-            runs.append(Run(plain, tuple(grid[0]), tuple(block[0]), shared, counters))
+            found = [pointer for a in arguments for pointer in a.pointers.values()] if plain == keep else []
+            memory = tuple(array[at:].copy() for _, array, at in found)
+            runs.append(Run(plain, tuple(grid[0]), tuple(block[0]), shared, counters, memory))
         except BaseException as fault:
             faults.append(fault)
             return 719

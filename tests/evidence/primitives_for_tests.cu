@@ -67,9 +67,9 @@ extern "C" __global__ void byte_products(const uint8_t* a, const uint8_t* b, int
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = sums[i];
 }
 
-// Words of one lane each, masked and joined with bits.
+// Words of one lane each, masked, some bits inverted.
 extern "C" __global__ void masks(const uint32_t* words, uint32_t* out, uint32_t mask, uint32_t bits) {
-  out[threadIdx.x] = ptx::and_or(words[threadIdx.x], mask, bits);
+  out[threadIdx.x] = ptx::and_xor(words[threadIdx.x], mask, bits);
 }
 
 template <class T>

@@ -18,8 +18,8 @@ def by_op(field: str) -> list[Any]:
 def execute(op: str, name: str, order: str) -> list[Run]:
     torch.manual_seed(0)
     args = SUBJECTS[op].cases[name]()
-    results, runs = call(op, *args, order=order)
-    SUBJECTS[op].check(results, args)
+    results, runs = call(op, *args, order=order, keep=SUBJECTS[op].keep)
+    SUBJECTS[op].check_call((results, runs), args)
     for run in runs:
         assert run.counters.unwaited_copies == 0
         assert run.shared == SUBJECTS[op].dynamic_shared(run.kernel)
@@ -69,6 +69,20 @@ def test_memory_is_used_well(op: str) -> None:
 
 def useful(rows: list[Any]) -> int:
     return sum(row.values["useful"] for row in rows)
+
+
+@pytest.mark.parametrize(("op", "name"), [one for one in by_op("cases") if SUBJECTS[one.values[0]].count])
+def test_formula(op: str, name: str) -> None:
+    """Products are those of the formula, bytes, too, but for atomic additions and what rows of a warp share."""
+    torch.manual_seed(0)
+    args, runs = SUBJECTS[op].cases[name](), executed(op, name)
+    formula = SUBJECTS[op].count(*args)
+    assert sum(run.counters.tensor_flops for run in runs) == formula.flops_issued >= formula.flops_useful
+    asked = sum(run.counters.loaded_and_stored for run in runs)
+    assert asked <= 1.01 * formula.bytes
+    if SUBJECTS[op].exact_bytes(args):
+        assert 0.99 * formula.bytes <= asked
+        assert formula.unique_bytes <= formula.bytes
 
 
 @pytest.mark.parametrize(("op", "name"), by_op("idle"))

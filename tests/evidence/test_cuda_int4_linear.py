@@ -6,15 +6,18 @@ import re
 import pytest
 import torch
 from cuda_device import call
-from cuda_subjects.int4_linear import BRAIN, CASES, HALF, SIXTEEN, check, make
-from scrimp.benchmarks.int4_linear_cost import AGAINST, cuda_count
+from cuda_subjects.int4_linear import BRAIN, BYTES, CASES, HALF, SIXTEEN, check, make
+from scrimp.benchmarks.int4_linear_cost import AGAINST, cuda_count, shaped
 
+from scrimp.int4_weight import Int4Weight
+from scrimp.int4_weight.check import ZERO_KINDS
 from scrimp.ops.int4_linear import _cuda_takes
 
 ROWS = (1, 4, 5, 8, 9, 16, 17, 33, 64)  # on both sides of every change of tile
 FORMS = {
     "none8": ((576, 64), "none8", BRAIN),
     "offset": ((352, 32), "offset", HALF),
+    "uint8": ((384, 128), "uint8", BRAIN),
     "codebook": ((640, 128), "codebook8", BRAIN),
 }
 
@@ -63,10 +66,39 @@ def test_formula(name: str) -> None:
     assert formula.flops_issued == products
 
 
-def test_products_at_sixteen_rows() -> None:
-    """No more than 15 % of what is multiplied is padding."""
-    formula = cuda_count(*CASES[SIXTEEN]())
-    assert formula.flops_issued <= 1.15 * formula.flops_useful
+# Outputs: lines of the tile for 16 rows of x, and tiles where one of these lines is ones.
+OUTPUTS = {1024: (32, 34), 4096: (32, 133), 5120: (32, 166), 8192: (64, 131), 14336: (64, 228), 28672: (64, 456)}
+
+
+@pytest.mark.parametrize("N", OUTPUTS)
+def test_products_at_sixteen_rows(N: int) -> None:
+    """At most 15 % more than the useful ones, and exactly: none but for zeros that are floats, which take a line."""
+    lines, tiles = OUTPUTS[N]
+    x, qweight, scales, _, *rest = shaped(16, N, 4096)
+    for zeros in (None, torch.empty_like(scales, dtype=torch.uint8)):
+        found = cuda_count(x, qweight, scales, zeros, *rest)
+        assert found.flops_issued == found.flops_useful
+    found = cuda_count(x, qweight, scales, torch.empty_like(scales), *rest)
+    assert found.flops_issued * N == found.flops_useful * lines * tiles
+    assert found.flops_issued <= 1.15 * found.flops_useful
+
+
+@pytest.mark.parametrize("name", [SIXTEEN, BYTES])
+def test_all_products_are_useful(name: str) -> None:
+    """Of launches that `test_formula` counts."""
+    formula = cuda_count(*CASES[name]())
+    assert formula.flops_issued == formula.flops_useful
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_codes_less_zeros_of_8_bits_are_exact(dtype: torch.dtype) -> None:
+    """Rows of x that are columns of the identity take them from the weight: every code less every zero."""
+    codes, zeros = torch.arange(32).repeat(256, 1) % 16, torch.arange(256).view(256, 1)
+    weight = Int4Weight.from_codes(codes, torch.ones(256, 1), zeros.to(torch.uint8), zero_kind="uint8")
+    kind = ZERO_KINDS.index(weight.zero_kind)
+    for rows in (4, 16, 32):
+        found = run(torch.eye(32, dtype=dtype)[:rows], *weight.tensors().values(), None, 32, kind, 0)
+        assert torch.equal(found, (codes - zeros).T[:rows].to(dtype)), rows
 
 
 def test_rows_beyond_32_bit_offsets() -> None:

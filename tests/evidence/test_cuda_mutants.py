@@ -28,13 +28,15 @@ def run(op: str, order: str, mutant: Mutant | None = None, case: str = "") -> Ru
     change = {} if mutant is None or mutant.change is str else {mutant.kernel: mutant.change}
     try:
         short = mutant.short if mutant else {}
-        results, runs = call(op, *args, order=order, change=change, short=short, max_instructions=ENOUGH)
+        results, runs = call(
+            op, *args, order=order, change=change, short=short, max_instructions=ENOUGH, keep=subject.keep
+        )
     except ptx.EmulatorError as error:
         return Run(error.kind, (), ())
     written = results if isinstance(results, tuple) else (results,)
     tensors = tuple(value for value in (*args, *written) if isinstance(value, torch.Tensor))
     try:
-        subject.check(results, args)
+        subject.check_call((results, runs), args)
     except AssertionError:
         return Run("value", tensors, tuple(run.counters for run in runs))
     return Run("fine", tensors, tuple(run.counters for run in runs))

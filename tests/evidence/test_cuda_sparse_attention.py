@@ -3,11 +3,15 @@
 import mmap
 import re
 
+import numpy as np
+import ptx
 import pytest
 import torch
-from cuda_device import Run, call
-from cuda_subjects.sparse_attention import BAD, CASES, REFERENCE, SUBJECT
-from scrimp.benchmarks.sparse_attention_cost import cases, count_cuda
+from cuda_device import Run, call, compiled, kernels
+from cuda_subjects.sparse_attention import BAD, CASES, LAST, REFERENCE, SUBJECT, blocks_of_rows, in_order, uneven
+from scrimp.benchmarks.sparse_attention_cost import cases, count_cuda, order_bytes
+from scrimp.benchmarks.sparse_attention_order import OVERHEAD, PLANS, halves, last_end
+from scrimp.benchmarks.sparse_attention_order import steps_of as scheduled
 from subjects.sparse_attention import flat, listed
 
 from scrimp import SparsePlan
@@ -23,6 +27,21 @@ LOOPS = {
 }
 USEFUL = {"one range": 0.95, "ranges": 0.95, "columns": 0.94}  # of sectors: a row's log-sum-exps lie apart
 FORMS = [(D, loop, heads) for D in (64, 128) for loop in LOOPS for heads in (1, 2)]
+
+# More than 256 blocks of rows whose plans do not list key 1,023.
+SORTS = {
+    "ranges and columns": (lambda: uneven(9, 30, 1), 9, 9),
+    "several rounds of a warp": (lambda: uneven(18, 65, 1), 18, 9),
+    "128 rows": (lambda: uneven(129, 66, 65), 129, 1),
+    "blocks without rows": (lambda: uneven(43, 131, 130), 43, 1),
+    "row starts": (
+        lambda: SparsePlan.a_shape(65, 5, 900, n_k=LAST, q_block=1).expand(batch=2).with_padding([600, 0]),
+        4,
+        2,
+    ),
+    "all alike": (lambda: listed([([[0, 10]], [])] * 30, 30, LAST, 1, causal=False), 9, 9),
+    "no keys": (lambda: listed([([], [])] * 30, 30, LAST, 1, causal=False), 9, 9),
+}
 
 
 def products(runs: list[Run]) -> int:
@@ -74,6 +93,71 @@ def test_splits_are_added_up_in_order(name: str) -> None:
     assert runs[0].grid[1] > 1
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
+
+
+@pytest.mark.parametrize("name", SORTS)
+def test_sorted_blocks(name: str) -> None:
+    """In the order of their steps, by the bytes of the formula; the bits are those of blocks that are not sorted."""
+    torch.manual_seed(0)
+    plan, heads, kv_heads = SORTS[name]
+    args = flat(plan(), LAST + 1, 64, heads, kv_heads, torch.float16)
+    called = call("sparse_attention", *args, keep=SUBJECT.keep)
+    SUBJECT.check_call(called, args)
+    (out, lse), runs = called
+    assert [run.kernel.split("<")[0].split("_")[-2] for run in runs] == ["steps", "order", "attention"]
+
+    rows = list(blocks_of_rows(args))
+    with_rows = [(b, head, tile) for b, head, tile, tokens in rows if tokens]
+    slices = args[4]
+    listed_for = [slices[min(b, slices.shape[0] - 1), min(h, slices.shape[1] - 1), tile, 1] for b, h, tile in with_rows]
+    moved = [sum(row.values["useful"] for row in run.counters.rows) for run in runs[:2]]
+    expected = list(order_bytes(len(rows), len(with_rows), int(sum(listed_for))))
+    if args[7] is None:  # row starts are read, too
+        assert moved == expected
+    shorter = (args[0], *(x[:, :, :LAST] for x in args[1:3]), *args[3:])
+    (other_out, other_lse), others = call("sparse_attention", *shorter)
+    assert len(others) == 1
+    assert torch.equal(out, other_out)
+    assert torch.equal(lse, other_lse)
+
+
+@pytest.mark.parametrize("order", ["lockstep", "warp"])
+@pytest.mark.parametrize("blocks", [1, 33, 1024, 1025, 70000])
+def test_order_of_any_steps(blocks: int, order: str) -> None:
+    """More blocks than the launcher sorts, one alone; steps of all sizes, none at all, and as bad plans overflow."""
+    name = next(name for name, kernel in kernels("sparse_attention").items() if kernel == SUBJECT.keep)
+    module = ptx.load(compiled("sparse_attention").ptx)
+    chance = np.random.default_rng(blocks)
+    sizes = chance.integers(0, 31, blocks)
+    for steps in (chance.integers(0, 2**sizes), np.zeros(blocks), np.full(blocks, 2**31 - 1), -(2**sizes)):
+        steps = steps.astype(np.int32)
+        found = np.full(blocks, -1, np.int32)
+        module.launch(name, 1, 1024, [steps, found, blocks], order=order)
+        assert np.array_equal(np.sort(found), np.arange(blocks))
+        if steps.min() >= 0:
+            assert found.tolist() == in_order(steps.tolist())
+
+
+def test_sorting_gains_what_the_documents_say() -> None:
+    """By the order in which the kernel starts them, and where the launcher sorts."""
+    assert last_end([4, 4, 8], 2) == 4 + 8 + 2 * OVERHEAD
+    assert last_end([8, 4, 4], 2) == 4 + 4 + 2 * OVERHEAD
+    steps, resident = scheduled(PLANS["rows differ, 8,192 of 8,192"]())
+    flat_steps = steps.flatten()
+    assert halves(flat_steps).sort(descending=True, stable=True).indices.tolist() == in_order(flat_steps.tolist())
+    now, coarse = (
+        last_end(x, 108 * resident) for x in (flat_steps.tolist(), flat_steps[in_order(flat_steps.tolist())].tolist())
+    )
+    assert 1.4 < now / coarse < 1.45
+
+
+def test_what_is_not_sorted() -> None:
+    """Up to 256 blocks, which may have splits; more than 4,096."""
+    for tiles, heads in ((64, 4), (64, 65)):
+        args = flat(listed([([], [])] * tiles, tiles, LAST + 1, 1), LAST + 1, 64, heads, heads, torch.float16)
+        runs = call("sparse_attention", *args)[1]
+        assert runs[0].grid[0] == tiles * heads
+        assert not any("order" in run.kernel for run in runs)
 
 
 def test_what_it_takes() -> None:

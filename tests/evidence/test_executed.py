@@ -4,7 +4,6 @@ What they ask memory and tensor cores for is what the formulas of `benchmarks/<o
 """
 
 import importlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,11 +58,7 @@ def assert_counted(formula: Count, counters: Sequence[ptx.Counters], subject: Su
         assert formula.bytes <= asked <= REPEATED * formula.bytes + REPEATED_BYTES
         touched = sum(high - low for counter in counters for low, high in counter.buffer_ranges.values())
         assert formula.unique_bytes <= min(formula.bytes, touched)
-    products = 0
-    for row in rows:
-        if found := re.search(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", row.text):
-            m, n, k = map(int, found.groups())
-            products += 2 * m * n * k * row.values["warps"]
+    products = sum(counter.tensor_flops for counter in counters)
     assert formula.flops_issued == products if subject.exact_flops else formula.flops_issued <= products
     assert formula.flops_useful <= products
     if products:

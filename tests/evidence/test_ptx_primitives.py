@@ -72,7 +72,7 @@ def test_products_of_bytes(module: ptx.Module) -> None:
 def test_masks(module: ptx.Module) -> None:
     of, out = words(32), np.zeros(32, np.uint32)
     module.launch("masks", 1, 32, {"words": of, "out": out, "mask": 0x00F0000F, "bits": 0x64006401})
-    np.testing.assert_array_equal(out, of & 0x00F0000F | 0x64006401)
+    np.testing.assert_array_equal(out, of & 0x00F0000F ^ 0x64006401)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -4,6 +4,7 @@ import functools
 
 import torch
 from mutations import BARRIER, Change, nth
+from scrimp.benchmarks.channel_select_cost import count_cuda
 from subjects.channel_select import check, make
 from subjects.subject import Case, Flat, Mutant, pairwise
 
@@ -55,15 +56,6 @@ def level_of(rule: str, level: float) -> Flat:
 def three() -> Flat:
     x, level, scale, center, whole, rule, common = make(6, 72, BRAIN, "relative", False, True, "random", False)
     return x.view(2, 3, 72), level, scale, center, whole.view(2, 3), rule, common
-
-
-def least_bytes(args: Flat) -> int:
-    """A row and what scores it, once to look for the cut and once for what it keeps; masks are bits."""
-    x, _, scale, center, whole, rule, _ = args
-    (M, K), size = x.shape, x.element_size()
-    vectors = 4 * K * sum(vector is not None for vector in (scale, center))
-    searched = M * (K * size + vectors + 4 + 16) if rule > 1 else 0
-    return searched + M * (2 * K * size + vectors + 2 * K // 8 + 8 + 4 + (whole is not None)) + 4 * K + 4
 
 
 BAD = {
@@ -220,7 +212,8 @@ SUBJECT = CudaSubject(
     warp_cases=[next(iter(CASES)), COMMON, EQUAL, SHARE],
     check=check,
     reference_launch=WHOLE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: count_cuda(*args).bytes,
+    count=count_cuda,
     mutant_case=COMMON,
     mutants=MUTANTS,
     idle={

@@ -4,6 +4,7 @@ import functools
 
 import torch
 from mutations import BARRIER, WAIT, Change, nth
+from scrimp.benchmarks.codebook_topk_cost import count_cuda
 from subjects.codebook_topk import check, make
 from subjects.subject import Case, Flat, Mutant, pairwise
 
@@ -121,6 +122,8 @@ SUBJECT = CudaSubject(
     check=check,
     reference_launch=WHOLE,
     least_bytes=None,  # products and the search bound it, not memory
+    count=count_cuda,
+    exact_bytes=lambda args: bool(args[0].isfinite().all()),
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={"no rows": functools.partial(make, 0, 0, 70, 16, 5, HALF)},

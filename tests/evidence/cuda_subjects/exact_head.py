@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from mutations import BARRIER, WAIT, Change, nth
+from scrimp.benchmarks.exact_head_cost import screened
 from subjects.exact_head import check, make
 from subjects.subject import Case, Flat, Mutant, pairwise
 
@@ -44,13 +45,6 @@ def checked(results: Any, args: Flat) -> None:
         check(results, args)
     elif [tuple(result.shape) for result in results] != [(0, args[-1]), (0, args[-1]), (0,)]:
         raise AssertionError(f"shapes {[result.shape for result in results]}")
-
-
-def least_bytes(args: Flat) -> int:
-    """Codes once, states for every 32 rows of the head, centres three times, the tiles' best for each bit of a cut."""
-    M, codes, T, G = len(args[0]), args[2], len(args[2]), len(args[5])
-    states = 128 * M + 16 * -(-M // 2)  # of a group: pieces and steps
-    return codes.numel() + (-(-T // 2) + 8) * G * states + 4 * 16 * T * (3 * M + 2) + 4 * M * T * 17
 
 
 def changed(i: int, change) -> Change:
@@ -123,9 +117,13 @@ MUTANTS = {
         line("const int d = g", r"selp\.b32(\s+%r\d+), (%r\d+), (%r\d+),", 0, r"selp.b32\1, \3, \2,"), "value"
     ),
     "inputs past the end": state(line("d >= p.D ? 0.0f", r"setp\.ge\.s32", None, "setp.gt.s32"), *WRONG),
-    "squares past the end": state(line("squares += static_cast", r"setp\.lt\.s32", 0, "setp.le.s32"), *WRONG),
+    "squares past the end": state(line("exists && i < p.K", r"setp\.ge\.s32", 0, "setp.gt.s32"), *WRONG),
     "states past the last": state(line("const bool exists", r"setp\.ge\.s32", 0, "setp.gt.s32"), *WRONG),
     "the first state": state(nth(*FIRST), *WRONG),
+    "sums of warps not awaited": state(nth(BARRIER, 0, ""), *COPY),
+    "sums of warps in one place": state(
+        line("if (lane == 0) parts", r"shl\.b32(\s+%r\d+), %r\d+, 3;", 0, r"mov.b32\1, 0;"), *COPY
+    ),
     **short(SCREEN, codes=1, scales=4),
     "operand A of the screen swapped": screen(nth(A, 0, SWAPPED), "value"),
     "operand B of the screen swapped": screen(nth(B, 0, SWAPPED), "value"),
@@ -231,7 +229,7 @@ SUBJECT = CudaSubject(
     warp_cases=[MUTATED, TURNED, BROKEN, MANY],
     check=checked,
     reference_launch=WHOLE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: screened(*args).bytes,
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={"no states": functools.partial(make, 0, 64, 70, 3, HALF)},

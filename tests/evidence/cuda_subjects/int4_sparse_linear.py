@@ -5,6 +5,7 @@ import re
 
 import torch
 from mutations import BARRIER, COMMIT, WAIT, Change, nth
+from scrimp.benchmarks.int4_sparse_linear_cost import count_cuda
 from subjects.int4_sparse_linear import check, make
 from subjects.subject import Case, Flat, Mutant, pairwise
 
@@ -52,15 +53,6 @@ def short_list() -> Flat:
     args = list(make(3, 300, 320, 32, "uint8", "exact", HALF, "few", bias=True))
     args[6], args[7] = args[6][: int(args[7])].clone(), args[7] + 5
     return tuple(args)
-
-
-def least_bytes(args: Flat) -> int:
-    """Codes of listed channels, scales, rows and the list read once; sums of chunks written and read once."""
-    x, codes, scales, zeros, codebook, _, _, count, bias, *_ = args
-    M, N, listed = x.shape[:-1].numel(), scales.shape[1], int(count)
-    chunks = -(-codes.shape[0] // 512)
-    once = sum(t.nbytes for t in (x, scales, zeros, codebook, bias) if t is not None)
-    return listed * (codes.shape[1] + 4) + 4 + once + M * N * (x.element_size() + 8 * chunks * (chunks > 1))
 
 
 line = source("int4_sparse_linear")
@@ -180,7 +172,8 @@ SUBJECT = CudaSubject(
     warp_cases=[*list(CASES)[:2], MUTATED, FIRST],
     check=check,
     reference_launch=WHOLE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: count_cuda(*args).unique_bytes,
+    count=count_cuda,
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={"no rows": functools.partial(make, 0, 40, 64, 32, "none8", "exact", HALF)},

@@ -127,6 +127,7 @@ SUBJECT = CudaSubject(
     check=check,
     reference_launch=OVERLAPPING,
     least_bytes=lambda args: count_cuda(*args).bytes,
+    count=count_cuda,
     mutant_case="outside",
     mutants=MUTANTS,
     idle={

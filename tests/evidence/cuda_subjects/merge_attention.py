@@ -4,6 +4,7 @@ import functools
 
 import torch
 from mutations import Change, nth
+from scrimp.benchmarks.merge_attention_cost import count_cuda
 from subjects.merge_attention import make
 from subjects.subject import Case, Flat, Mutant, against_oracle, pairwise
 
@@ -73,11 +74,6 @@ def nothing(*shape: int) -> Flat:
     return out, lse, out, lse
 
 
-def least_bytes(args: Flat) -> int:
-    """Each byte of both sides and of the result once."""
-    return sum(x.numel() * x.element_size() for x in (*args, *args[:2]))
-
-
 BAD = {
     "dtype": (lambda a: (a[0].double(), a[1], a[2].double(), a[3]), "out_a must be float32, float16 or bfloat16 on C"),
     "mixed dtype": (lambda a: (a[0], a[1], a[2].float(), a[3]), "out_a and out_b differ in dtype"),
@@ -134,7 +130,9 @@ SUBJECT = CudaSubject(
     warp_cases=list(CASES)[:4],
     check=against_oracle("merge_attention"),
     reference_launch="reference",
-    least_bytes=least_bytes,
+    least_bytes=lambda args: count_cuda(*args).unique_bytes,
+    count=count_cuda,
+    exact_bytes=lambda args: 0 not in args[2].stride(),
     mutant_case="far apart",
     mutants=MUTANTS,
     idle={str(shape): functools.partial(nothing, *shape) for shape in ((0, 2, 3, 8), (2, 0, 3, 8), (1, 2, 0, 8))},

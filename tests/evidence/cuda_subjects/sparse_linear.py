@@ -5,6 +5,7 @@ import functools
 import torch
 from cuda_device import ROOT
 from mutations import BARRIER, Change, at_line, nth
+from scrimp.benchmarks.sparse_linear_cost import count_cuda
 from subjects.sparse_linear import make
 from subjects.subject import Case, Flat, Mutant, against_oracle, pairwise
 
@@ -50,14 +51,6 @@ def short_list() -> Flat:
 
 def check(result: torch.Tensor, args: Flat) -> None:
     against_oracle("sparse_linear")(result, args)
-
-
-def least_bytes(args: Flat) -> int:
-    """Listed weights, rows and the list read once, the result written once."""
-    x, weight, _, count, bias, residual = args
-    M, N, size = x.shape[:-1].numel(), weight.shape[1], weight.element_size()
-    ends = (0 if bias is None else N) + (1 if residual is None else 2) * M * N
-    return int(count) * (N * size + 4) + 4 + (x.numel() + ends) * size
 
 
 BAD = {
@@ -186,7 +179,8 @@ SUBJECT = CudaSubject(
     warp_cases=[*list(CASES)[:2], MUTATED, FIRST],
     check=check,
     reference_launch=WHOLE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: count_cuda(*args).unique_bytes,
+    count=count_cuda,
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={"no rows": functools.partial(make, 0, 100, 24, HALF, added=True)},

@@ -5,6 +5,7 @@ import re
 
 import torch
 from mutations import BARRIER, Change, nth
+from scrimp.benchmarks.tree_accept_cost import count_cuda
 from subjects.subject import Case, Flat, Mutant, pairwise
 from subjects.tree_accept import check, lead, make
 
@@ -49,13 +50,6 @@ def far() -> Flat:
     """Scores so large that noise is in their last bits."""
     logits, tokens, parents, temperature, seed, position = make(2, 3, 300, torch.float32, 1.0, "random", False)
     return torch.where(logits > 1, 2.0**22 + logits, logits), tokens, parents, temperature, seed, position
-
-
-def least_bytes(args: Flat) -> int:
-    """All logits and the choices of their chunks."""
-    logits = args[0]
-    rows, vocab = logits.shape[0] * logits.shape[1], logits.shape[2]
-    return rows * (vocab * logits.element_size() + 16 * -(-vocab // SPAN))
 
 
 def nothing(B: int, T: int, V: int) -> Flat:
@@ -171,7 +165,7 @@ SUBJECT = CudaSubject(
     warp_cases=[next(iter(CASES)), DRAWN, TIES, WILD],
     check=check,
     reference_launch=REFERENCE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: count_cuda(*args).unique_bytes,
     mutant_case=DRAWN,
     mutants=MUTANTS,
     idle={"no rows": functools.partial(nothing, 2, 0, 5), "no sequence": functools.partial(nothing, 0, 3, 5)},

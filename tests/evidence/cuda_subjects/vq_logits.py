@@ -4,6 +4,7 @@ import functools
 
 import torch
 from mutations import BARRIER, Change, nth
+from scrimp.benchmarks.vq_logits_cost import in_shared, looked_up
 from subjects.subject import Case, Flat, Mutant, pairwise
 from subjects.vq_logits import check, make, strided
 
@@ -39,13 +40,6 @@ def shifted(which: int) -> Flat:
     some = args[which]
     args[which] = torch.cat([some.flatten()[:1], some.flatten()])[1:].view(some.shape)
     return tuple(args)
-
-
-def least_bytes(args: Flat) -> int:
-    """Scores and codes read once, logits written once."""
-    h, codebook, codes, bias = args
-    (M, size), (K, V) = (h.shape[0], h.element_size()), (len(codebook), codes.shape[-1])
-    return 4 * codes.numel() + (M * (K + V) + (0 if bias is None else V)) * size
 
 
 BAD = {
@@ -124,7 +118,9 @@ SUBJECT = CudaSubject(
     warp_cases=[*list(CASES)[:3], MUTATED],
     check=check,
     reference_launch=WHOLE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: looked_up(*args).unique_bytes,
+    count=looked_up,
+    exact_bytes=lambda args: in_shared(*args[1:]),
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={

@@ -6,6 +6,8 @@ import re
 
 import torch
 from mutations import BARRIER, Change, nth
+from scrimp.benchmarks.vq_logits_cost import in_shared
+from scrimp.benchmarks.vq_sample_cost import chosen
 from subjects.subject import Case, Flat, Mutant, pairwise
 from subjects.vq_sample import check, make
 
@@ -62,14 +64,6 @@ def one_nan() -> Flat:
     args = make(2, 16, 9000, 1, HALF, bias=True, heats=(1.0, 0.0), d=8)
     args[3][5000] = torch.nan
     return args
-
-
-def least_bytes(args: Flat) -> int:
-    """Of a call without filters: codes and scores for each chunk of a row, the choices of the chunks."""
-    h, codebook, codes, *_ = args
-    rows, V = len(h), codes.shape[-1]
-    chunks = -(-V // SPAN)
-    return rows * (4 * codes.numel() + chunks * (len(codebook) * h.element_size() + 2 * 16))
 
 
 def changed(i: int, change) -> Change:
@@ -197,7 +191,9 @@ SUBJECT = CudaSubject(
     warp_cases=[MUTATED, DRAWN, FLAT, BROKEN],
     check=check,
     reference_launch=WHOLE,
-    least_bytes=least_bytes,
+    least_bytes=lambda args: chosen(*args).bytes,
+    count=chosen,
+    exact_bytes=lambda args: in_shared(*args[1:4]) and bool(args[0].isfinite().all()),
     mutant_case=MUTATED,
     mutants=MUTANTS,
     idle={"no rows": functools.partial(make, 0, 5, 20, 1, HALF)},

@@ -1,5 +1,7 @@
 """What a hardware profiler would count, from the core's per-instruction profile."""
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +109,22 @@ class Counters:
         return self._sum("useful")
 
     @property
+    def loaded_and_stored(self) -> int:
+        """The same without those of atomic operations."""
+        return sum(row.values["useful"] for row in self.rows if not re.search(r"\b(atom|red)\.", row.text))
+
+    @property
     def sector_efficiency(self) -> float:
         return self.useful_bytes / (32 * self.sectors) if self.sectors else 1.0
+
+    @property
+    def tensor_flops(self) -> int:
+        """Of products on tensor cores, two for each multiply-add."""
+        total = 0
+        for row in self.rows:
+            if found := re.search(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", row.text):
+                total += 2 * math.prod(map(int, found.groups())) * row.values["warps"]
+        return total
 
     @property
     def shared_accesses(self) -> int:
