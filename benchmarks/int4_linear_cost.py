@@ -1,6 +1,6 @@
 """What int4_linear's kernels do: codes once for every tile of rows, inputs once for every tile of outputs.
 
-`count` is of the Triton kernels, `cuda_count` of the one in CUDA C++, which runs for up to 64 rows.
+`count` is of the Triton kernels, `count_cuda` of the one in CUDA C++, which runs for up to 64 rows.
 """
 
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def cuda_tile(M: int, N: int, codebook: bool) -> tuple[int, int]:
     return (64, 32) if not codebook and (M > 16 or (M > 8 and wide)) else (32, 16)
 
 
-def cuda_count(*flat: Any) -> Count:
+def count_cuda(*flat: Any) -> Count:
     """The same of the kernel in CUDA C++; a bias, which every result reads, counts once for each of its rows.
 
     Where zeros are floats, one line of a tile is ones. What a permutation costs is torch's and left out.
@@ -116,7 +116,7 @@ def _cases() -> Iterator[CountedCase]:
         for M in ROWS:
             flat, fields = shaped(M, N, K), {"m": M, "n": N, "k": K, "group_size": 128, "mode": "exact"}
             if M <= CUDA_ROWS:
-                ours = partial(cuda_count, *flat)
+                ours = partial(count_cuda, *flat)
                 yield CountedCase(f"{name}-{M}-c++", "bf16", ours, fields | {"kernel": "CUDA C++"})
             yield CountedCase(f"{name}-{M}", "bf16", partial(count, *flat), fields | {"kernel": "Triton"})
 
@@ -129,7 +129,7 @@ def beside_16_bits() -> dict[str, tuple[Count, Count]]:
             moved, flops = 2 * (N * K + M * (N + K)), 2 * M * N * K
             if M <= CUDA_ROWS:
                 dense = Count(bytes=moved, unique_bytes=moved, flops_issued=flops, flops_useful=flops)
-                found[f"{name}-{M}"] = cuda_count(*shaped(M, N, K)), dense
+                found[f"{name}-{M}"] = count_cuda(*shaped(M, N, K)), dense
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda_device import call
 from cuda_subjects.int4_linear import BRAIN, BYTES, CASES, HALF, SIXTEEN, check, make
-from scrimp.benchmarks.int4_linear_cost import AGAINST, cuda_count, shaped
+from scrimp.benchmarks.int4_linear_cost import AGAINST, count_cuda, shaped
 
 from scrimp.int4_weight import Int4Weight
 from scrimp.int4_weight.check import ZERO_KINDS
@@ -54,7 +54,7 @@ def test_formula(name: str) -> None:
     """Products are those of the formula; bytes, too, but for a bias, which a warp reads once for its rows."""
     args = CASES[name]()
     counters = call("int4_linear", *args)[1][0].counters
-    formula, bias = cuda_count(*args), args[6]
+    formula, bias = count_cuda(*args), args[6]
     asked = sum(row.values["useful"] for row in counters.rows)
     read_by_rows = args[0].shape[:-1].numel() * bias.nbytes if bias is not None else 0
     assert formula.bytes - read_by_rows <= asked <= formula.bytes
@@ -76,9 +76,9 @@ def test_products_at_sixteen_rows(N: int) -> None:
     lines, tiles = OUTPUTS[N]
     x, qweight, scales, _, *rest = shaped(16, N, 4096)
     for zeros in (None, torch.empty_like(scales, dtype=torch.uint8)):
-        found = cuda_count(x, qweight, scales, zeros, *rest)
+        found = count_cuda(x, qweight, scales, zeros, *rest)
         assert found.flops_issued == found.flops_useful
-    found = cuda_count(x, qweight, scales, torch.empty_like(scales), *rest)
+    found = count_cuda(x, qweight, scales, torch.empty_like(scales), *rest)
     assert found.flops_issued * N == found.flops_useful * lines * tiles
     assert found.flops_issued <= 1.15 * found.flops_useful
 
@@ -86,7 +86,7 @@ def test_products_at_sixteen_rows(N: int) -> None:
 @pytest.mark.parametrize("name", [SIXTEEN, BYTES])
 def test_all_products_are_useful(name: str) -> None:
     """Of launches that `test_formula` counts."""
-    formula = cuda_count(*CASES[name]())
+    formula = count_cuda(*CASES[name]())
     assert formula.flops_issued == formula.flops_useful
 
 

@@ -5,7 +5,7 @@ import functools
 import torch
 from cuda_device import ROOT
 from mutations import BARRIER, COMMIT, Change, at_line, nth
-from scrimp.benchmarks.int4_linear_cost import cuda_count
+from scrimp.benchmarks.int4_linear_cost import count_cuda
 from subjects.int4_linear import check
 from subjects.subject import Case, Flat, Mutant, pairwise
 
@@ -77,7 +77,7 @@ def changed(args: Flat, change: Change) -> Flat:
 
 
 def least_bytes(args: Flat) -> int:
-    return cuda_count(*args).bytes
+    return count_cuda(*args).bytes
 
 
 def nothing(rows: int, outputs: int) -> Flat:
